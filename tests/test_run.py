@@ -199,6 +199,11 @@ def test_committed_notebooks_were_run_on_the_real_data(committed):
     assert path.stat().st_size < 6_000_000
 
 
+def test_the_readme_tells_how_long_it_took(committed):
+    _, _, stored = committed
+    assert f"{stored['seconds'] / 60:.1f} minutes on {stored['machine']}" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
 def test_committed_outputs_show_no_machine_path(committed):
     text = json.dumps([dict(output) for output in outputs(committed[1]) if "image/png" not in output.get("data", {})])
     assert not re.search(r"/(work|root|tmp|home|Users)/", text)
