@@ -111,7 +111,7 @@ def test_transfer_learning_shows_the_numbers_it_stored(smoke):
     folder = smoke[0] / "reports" / "standin"
     executed = nbformat.read(folder / "transfer_learning.ipynb", as_version=4)
     check_numbers(executed, load_results(folder / "results" / "transfer_learning.json"))
-    assert {path.stem for path in (folder / "models").iterdir()} == {f"transfer_learning_{m}" for m in METHODS}
+    assert {path.stem for path in (folder / "models").glob("transfer_learning_*")} == {f"transfer_learning_{m}" for m in METHODS}
 
 
 # --- the runner
@@ -234,3 +234,17 @@ def test_committed_transfer_learning_shows_its_numbers_and_none_is_a_failed_trai
     assert stored["seconds"] <= 1800
     for method in METHODS[:3]:  # batch-hard mining is kept as the variant that collapses
         assert stored["metrics"][f"{method}.test_accuracy"]["value"] >= 0.985
+
+
+def test_committed_change_detection_shows_its_numbers_and_meets_its_bars():
+    notebook = nbformat.read(ROOT / "notebooks" / "detect_change.ipynb", as_version=4)
+    stored = load_results(ROOT / "reports" / "results" / "detect_change.json")
+    metrics = stored["metrics"]
+    text = "\n".join(o.data["text/markdown"] for o in outputs(notebook) if "text/markdown" in o.get("data", {}))
+    for prefix in ("test", "test.network", "test.classical", "subtle", "subtle.network", "subtle.classical"):
+        value = {key: metrics[f"{prefix}.{key}"]["value"] for key in ("per_label_accuracy", "exact_match", "false_alarm_rate")}
+        assert "| " + " | ".join(f"{number:.2%}" for number in value.values()) + " |" in text, prefix
+    assert stored["seconds"] <= 2400
+    assert metrics["test.exact_match"]["n"] >= 2000 and metrics["subtle.exact_match"]["n"] >= 2000
+    assert metrics["test.per_label_accuracy"]["value"] >= 0.98 and metrics["test.false_alarm_rate"]["value"] <= 0.02
+    assert metrics["subtle.per_label_accuracy"]["value"] >= 0.9
