@@ -22,7 +22,7 @@ sys.path.insert(0, str(THEORY))
 # What is not a number of the argument: numbers of headings, citations, names, indices in formulas.
 STRUCTURE = re.compile(r"""^\#+\ \d(\.\d[a-c]?)?
     | \]\([^)]*\) | `[^`]*`
-    | \b(?:in|of|as)\ \d\.\d[a-c]?\b | Question\ \d
+    | \b(?:in|of|as)\ \d\.\d[a-c]?\b | (?:Question|Practical)\ \d
     | \b(?:Sec|Fig)\.\ \d(\.\d)? | \bEq\.\ \d(\ and\ \d)?
     | \b20[12]\d[ab]?\b | ResNet-50 | DenseNet-121 | float32
     | _\d | _\{\d(,\d)?\}""", re.X | re.M)
@@ -335,11 +335,172 @@ def expected_3() -> list[list]:
     ]
 
 
+GRID = [(u, v) for v in (-1, 0, 1) for u in (-1, 0, 1)]  # taps of a 3 × 3 filter row by row, x before y
+
+
+def hat(a, b):
+    """g(a, b) of Dai et al. 2017, Eq. 4."""
+    return (1 - (a - b).abs()).clamp(min=0)
+
+
+def sample(image, x, y):
+    """Bilinear interpolation as the sum over all pixels (Eq. 3); positions count from the middle of the image."""
+    row, column = (torch.arange(n, dtype=image.dtype) - n // 2 for n in image.shape)
+    return hat(row, torch.as_tensor(y, dtype=image.dtype)) @ image @ hat(column, torch.as_tensor(x, dtype=image.dtype))
+
+
+def turned_by(degrees, scale=1):
+    """The linear map A: scale times the rotation; y points downwards."""
+    angle = torch.deg2rad(torch.tensor(float(degrees), dtype=torch.float64))
+    return scale * torch.tensor([[angle.cos(), -angle.sin()], [angle.sin(), angle.cos()]], dtype=torch.float64)
+
+
+def affine_offsets(a):
+    """(A - I) p for the taps of the grid, (K, 2), x before y."""
+    return torch.tensor(GRID, dtype=a.dtype) @ (a - torch.eye(2, dtype=a.dtype)).T
+
+
+def response(image, weights, offsets):
+    """The filter at the middle of the image, its taps moved by the offsets (Eq. 2)."""
+    return sum(w * sample(image, u + dx, v + dy) for w, (u, v), (dx, dy) in zip(weights, GRID, offsets.tolist()))
+
+
+def bars():
+    """Weights of the filter for upright bars, and a long bar: upright, flat, diagonal (turned clockwise by 90 and 45 degrees)."""
+    upright = torch.zeros(9, 9, dtype=torch.float64)
+    upright[:, 4] = 1
+    return [2 if u == 0 else -1 for u, _ in GRID], upright, upright.rot90(), torch.eye(9, dtype=torch.float64).flip(1)
+
+
+def bar_table() -> list[list[int]]:
+    """Rows of the worked example: tap, weight, upright and flat bar there, offset, sampled position, flat bar there."""
+    weights, upright, flat, _ = bars()
+    rows = []
+    for weight, (u, v), (dx, dy) in zip(weights, GRID, affine_offsets(turned_by(90)).round().int().tolist()):
+        x, y = u + dx, v + dy
+        rows.append([u, v, weight, sample(upright, u, v), sample(flat, u, v), dx, dy, x, y, sample(flat, x, y)])
+    return [[int(value) for value in row] for row in rows]
+
+
+def deformable_field(bound: float, n: int = 31) -> int:
+    """Side of the square of pixels that one output can depend on through offsets up to ``bound``, by the input's gradient."""
+    values = torch.linspace(-bound, bound, 33, dtype=torch.float64)
+    offsets = torch.zeros(len(values), 2 * len(GRID), n, n, dtype=torch.float64)
+    offsets[:, 1::2] = values[:, None, None, None]
+    x = torch.ones(1, 1, n, n, dtype=torch.float64, requires_grad=True)
+    kernel = torch.ones(1, 1, 3, 3, dtype=torch.float64)
+    y = torchvision.ops.deform_conv2d(x.expand(len(values), -1, -1, -1), offsets, kernel, padding=1)
+    y[:, 0, n // 2, n // 2].sum().backward()
+    seen = (x.grad[0, 0].abs().sum(0) > 1e-12).nonzero().flatten()
+    return int(seen[-1] - seen[0] + 1)
+
+
+def expected_4() -> list[list]:
+    k, channels, side, groups = 3, 64, 16, 4
+    taps = nn.Conv2d(1, 1, k).weight.numel()
+    weights, upright, flat, diagonal = bars()
+    table, turn = bar_table(), affine_offsets(turned_by(90))
+    still = torch.zeros_like(turn)
+    before, lost, restored = (f"{float(response(image, weights, offsets)):g}" for image, offsets in
+                              ((upright, still), (flat, still), (flat, turn)))
+    middle = [abs(w) for w, (_, v) in zip(weights, GRID) if v == 0]  # what the flat bar lies under
+    column = [w for w in weights if w > 0]
+    between = response(diagonal, weights, affine_offsets(turned_by(45)))
+    stretched = response(diagonal, weights, affine_offsets(turned_by(45, 2 ** 0.5)))
+    radius, angle = 40, 30
+    start = torch.tensor([radius, 0], dtype=torch.float64)
+    moved = (turned_by(angle) @ start - start).norm()
+    corners = torch.tensor([[10, 20], [30, 60]], dtype=torch.float64)
+    rho, beta = (torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (0.5, 0.25))
+    pixel = torch.arange(2, dtype=torch.float64)
+    value = hat(pixel, beta) @ corners @ hat(pixel, rho)
+    slopes = torch.autograd.grad(value, (rho, beta))
+    rho, beta, value = rho.item(), beta.item(), value.item()
+
+    def layer(out):
+        return summary([nn.Conv2d(channels, out, k, padding=1)], (channels, side, side))
+
+    main, branches = layer(channels), [layer(2 * taps), layer(3 * taps)]
+    spots = positions(main)
+    parameters = [main.parameters, *(main.parameters + branch.parameters for branch in branches)]
+    read = len(corners.flatten()) * channels * taps * spots
+    macs = [main.macs, *(main.macs + branch.macs + read for branch in branches)]
+    extra = [percent(total - main.macs, main.macs) for total in macs[1:]]
+    wide = summary([nn.Conv2d(channels, 256, k, padding=1)], (channels, side, side)).macs
+    fields = {d: int(walk([(k, 1, d, d)], side)[0][1].size) for d in (1, 2, 4)}
+    bounded = {b: deformable_field(b) for b in (0.5, 1, 2, 4)}
+    most = 4 * taps
+
+    def stacked(field):
+        return 1 + 3 * (field - 1)
+
+    assert stacked(fields[1]) == walk([(k, 1, 1)] * 3, side)[-1][1].size
+    return [
+        [taps, k, k],
+        [k, k, 1],
+        [abs(part) for tap in GRID for part in tap],
+        [0, 1],
+        [0, 1],
+        [0, 1],
+        [len(corners.flatten()), 0, 1, 0],
+        [k, k, 2],
+        [2, 2, 3, 2],
+        [2, 2, 4, 3, 2, 4],
+        [1, 1],
+        [1, 1],
+        [1, 1],
+        [turn.numel() // taps * 3, turn.numel()],
+        [taps, 3, taps ** 3],
+        [0],
+        [1],
+        [2, 2, 1, radius, angle, 2, radius, angle // 2, f"{moved:.1f}"],
+        [max(weights), abs(min(weights)), 1, 0, 90],
+        *([abs(value) for value in row] for row in table),
+        [*column, before],
+        [*middle, lost],
+        [*column, restored],
+        [lost, 0, 45, f"{between:.2f}", before, 2, f"{stretched:g}"],
+        [2, 3, 2, 3],
+        [0, f"{torch.zeros(()).sigmoid():g}"],
+        [1, 0.1],
+        [1, 1, 1, 1, 0, 1],
+        [1],
+        [1],
+        [f"{float(number):g}" for number in
+         (*corners.flatten(), rho, beta, value, 1 - beta, corners[0, 1] - corners[0, 0], beta, corners[1, 1] - corners[1, 0],
+          slopes[0], 1 - rho, corners[1, 0] - corners[0, 0], rho, corners[1, 1] - corners[0, 1], slopes[1])],
+        [k, k, channels, channels, side, side, spots, 1, 1, 4],
+        [0, *(branch.output[0] for branch in branches)],
+        [main.parameters] * 3,
+        [0, *(branch.parameters for branch in branches)],
+        parameters,
+        [main.macs] * 3,
+        [0, *(branch.macs for branch in branches)],
+        [0, read, read],
+        macs,
+        [n for out in (main, *branches) for n in (taps, channels, out.output[0], out.output[0], out.parameters)]
+        + [n for out in (main, *branches) for n in (spots, taps, channels, out.output[0], out.macs)]
+        + [spots, taps, channels, 4, read],
+        [2, 4, 2 * taps + 4, channels, extra[0], 3, 4, 3 * taps + 4, channels, extra[1], 256,
+         *(percent(branch.macs + read, wide) for branch in branches),
+         groups, 2 * taps * groups, layer(2 * taps * groups).parameters],
+        [1, 1, 2, 1],
+        [2, 1, 1, 1, 2, k, k, 1, fields[1], 2],
+        [1, 1],
+        [k, k],
+        *([d, field, field, taps, field ** 2] for d, field in fields.items()),
+        *([b, field, field, min(most, field ** 2)] + [field ** 2] * (field ** 2 > most) for b, field in bounded.items()),
+        [most],
+        [1, 1, 2, stacked(bounded[2]), stacked(bounded[2]), stacked(fields[1]), stacked(fields[1])],
+    ]
+
+
 FILES = {"1_fully_connected_vs_convolution.md": expected_1, "2_parameters_and_receptive_field.md": expected_2,
-         "3_unet_and_densenet.md": expected_3}
+         "3_unet_and_densenet.md": expected_3, "4_deformable_convolution.md": expected_4}
 # Numbers that the questions or the papers give, sizes of the examples, and the small constants of the formulas.
 GIVEN = {"1_fully_connected_vs_convolution.md": {10, 12}, "2_parameters_and_receptive_field.md": {10, 16, 128},
-         "3_unet_and_densenet.md": {6, 12, 24, 30, 32, 64, 128, 224, 256, 512, 1024}}
+         "3_unet_and_densenet.md": {6, 12, 24, 30, 32, 64, 128, 224, 256, 512, 1024},
+         "4_deformable_convolution.md": {0.1, 0.25, 0.5, 10, 16, 20, 30, 40, 45, 60, 64, 90, 256}}
 
 
 @pytest.fixture(scope="module")
@@ -381,7 +542,7 @@ def test_the_readme_types_no_derived_number():
 def test_links_and_figures_exist_and_have_alt_text(path):
     text = path.read_text(encoding="utf-8")
     for alt, target in re.findall(r"!\[([^\]]*)\]\(([^)]+)\)", text):
-        assert len(alt) > 40 and target.endswith(".svg")
+        assert len(alt) > 40 and target.endswith((".svg", ".png"))
     for target in re.findall(r"\]\(([^)]+)\)", text):
         assert target.startswith("https://") or (path.parent / target).exists(), target
 
@@ -398,7 +559,7 @@ def test_every_formula_converts_to_mathml_without_leftovers(name):
 
 
 @pytest.mark.parametrize("name, parts", [("1_fully_connected_vs_convolution.md", 3), ("2_parameters_and_receptive_field.md", 4),
-                                         ("3_unet_and_densenet.md", 9)])
+                                         ("3_unet_and_densenet.md", 9), ("4_deformable_convolution.md", 4)])
 def test_every_part_has_answer_and_reason(name, parts):
     text = (THEORY / name).read_text(encoding="utf-8")
     sections = re.split(r"^#+ (?=\d\.\d)", text, flags=re.M)[1:]
@@ -451,6 +612,79 @@ def test_the_dense_gradient_is_the_sum_over_all_paths():
     torch.testing.assert_close(gradient, e1 + j21.T @ e2 + j31.T @ e3 + j21.T @ j32.T @ e3)
 
 
+def torchvision_offsets(offsets, n):
+    """(K, 2), x before y, as torchvision takes them for every position of an n × n map: y before x."""
+    return offsets.flip(1).flatten()[None, :, None, None].expand(1, -1, n, n)
+
+
+def test_the_table_of_the_turned_bar_has_the_computed_signs():
+    text = (THEORY / "4_deformable_convolution.md").read_text(encoding="utf-8")
+    rows = [line for line in text.split("\n") if re.match(r"\| \(−?\d, −?\d\) \|", line)]
+    assert [[int(n) for n in re.findall(r"-?\d+", row.replace("−", "-"))] for row in rows] == bar_table()
+    assert all([-u - v, u - v] == [dx, dy] for u, v, *_, dx, dy, _, _, _ in bar_table())
+    grid = re.search(r"\\lbrace (.+) \\rbrace", text)[1]
+    assert [tuple(map(int, pair)) for pair in re.findall(r"\((-?\d),(-?\d)\)", grid)] == GRID
+
+
+@pytest.mark.parametrize("quarters", [1, 2, 3])
+def test_offsets_of_the_rotation_restore_any_response_exactly(quarters):
+    torch.manual_seed(0)
+    image, kernel = torch.randn(1, 2, 9, 9, dtype=torch.float64), torch.randn(4, 2, 3, 3, dtype=torch.float64)
+    turned = image.rot90(-quarters, (2, 3))  # clockwise: with y downwards, the positive direction of the angle
+    offsets = torchvision_offsets(affine_offsets(turned_by(90 * quarters)), 9)
+    plain, seen = (nn.functional.conv2d(x, kernel, padding=1) for x in (image, turned))
+    restored = torchvision.ops.deform_conv2d(turned, offsets, kernel, padding=1)
+    torch.testing.assert_close(restored[..., 1:-1, 1:-1], plain.rot90(-quarters, (2, 3))[..., 1:-1, 1:-1])
+    assert (seen - plain.rot90(-quarters, (2, 3))).abs()[..., 1:-1, 1:-1].mean() > 1
+
+
+def test_the_closed_forms_of_the_offsets_and_the_claims_about_the_bar():
+    torch.manual_seed(0)
+    image, kernel = torch.randn(1, 2, 13, 13, dtype=torch.float64), torch.randn(4, 2, 3, 3, dtype=torch.float64)
+    for x_scale, y_scale in ((2, 2), (4, 4), (3, 1)):
+        offsets = affine_offsets(torch.diag(torch.tensor([x_scale, y_scale], dtype=torch.float64)))
+        assert offsets.tolist() == [[(x_scale - 1) * u, (y_scale - 1) * v] for u, v in GRID]
+        torch.testing.assert_close(
+            torchvision.ops.deform_conv2d(image, torchvision_offsets(offsets, 13), kernel, padding=1),
+            nn.functional.conv2d(image, kernel, padding=(y_scale, x_scale), dilation=(y_scale, x_scale)))
+    a = turned_by(33)
+    for (u, v), offset in zip(GRID, affine_offsets(a)):
+        cos, sin = a[0, 0], a[1, 0]
+        torch.testing.assert_close(offset, torch.stack([(cos - 1) * u - v * sin, u * sin + (cos - 1) * v]))
+    weights, upright, flat, diagonal = bars()
+    kernel = torch.tensor(weights, dtype=torch.float64).view(1, 1, 3, 3)
+    assert nn.functional.conv2d(flat[None, None], kernel).abs().max() == 0  # no position responds
+    for degrees, image, scale in ((0, upright, 1), (90, flat, 1), (45, diagonal, 1), (45, diagonal, 2 ** 0.5)):
+        offsets = affine_offsets(turned_by(degrees, scale))
+        seen = torchvision.ops.deform_conv2d(image[None, None], torchvision_offsets(offsets, 9), kernel, padding=1)[0, 0, 4, 4]
+        torch.testing.assert_close(seen, response(image, weights, offsets))
+
+
+def test_the_derivatives_of_a_deformable_convolution_are_those_of_the_text():
+    torch.manual_seed(0)
+    image, kernel = torch.randn(7, 7, dtype=torch.float64, requires_grad=True), torch.randn(9, dtype=torch.float64)
+    offsets = torch.randn(9, 2, dtype=torch.float64, requires_grad=True)
+    mask = torch.rand(9, dtype=torch.float64, requires_grad=True)
+    given = dict(offset=torchvision_offsets(offsets, 7), mask=mask[None, :, None, None].expand(1, 9, 7, 7), padding=1)
+    y = torchvision.ops.deform_conv2d(image[None, None], weight=kernel.view(1, 1, 3, 3), **given)[0, 0, 3, 3]
+    by_offset, by_mask, by_image = torch.autograd.grad(y, (offsets, mask, image))
+    with torch.no_grad():
+        spread, q = torch.zeros_like(image), torch.arange(7, dtype=torch.float64) - 3
+        for k, (u, v) in enumerate(GRID):
+            (px, py), factor = torch.tensor([u, v]) + offsets[k], kernel[k] * mask[k]
+            torch.testing.assert_close(by_mask[k], kernel[k] * sample(image, px, py))
+            spread += factor * hat(q, py)[:, None] * hat(q, px)
+            slope_x, slope_y = ((p < q) * (q < p + 1) * 1.0 - (p - 1 < q) * (q < p) * 1.0 for p in (px, py))
+            for direction, by_cases in enumerate((hat(q, py) @ image @ slope_x.double(), slope_y.double() @ image @ hat(q, px))):
+                torch.testing.assert_close(by_offset[k, direction], factor * by_cases)
+        torch.testing.assert_close(by_image, spread)
+
+
+@pytest.mark.parametrize("bound", [0, 0.5, 1, 1.5, 2, 3.25, 4])
+def test_the_field_of_bounded_offsets(bound):
+    assert deformable_field(bound) == 3 + 2 * -int(-bound // 1)
+
+
 def test_the_figures_show_the_computed_numbers_and_are_reproducible(tmp_path, monkeypatch):
     import make_figures
 
@@ -468,6 +702,7 @@ def test_the_figures_show_the_computed_numbers_and_are_reproducible(tmp_path, mo
         assert f"{channels} × {side} × {side}" in unet
     assert [label for label in shown("3_dense_block") if label.endswith("channels")] == [
         f"{32 + 24 * layer} channels" for layer in range(4)]
+    assert {"regular grid", "dilation 2", "free offsets"} <= set(shown("deformable_sampling"))
     make_figures.draw_all(tmp_path)
     assert sorted(path.name for path in THEORY.glob("figures/*")) == sorted(path.name for path in tmp_path.iterdir())
     first = (tmp_path / "3_dense_block.svg").read_bytes()

@@ -1,4 +1,4 @@
-"""Draws the figures of the theory answers as SVG: python theory/make_figures.py [--measure] [folder]."""
+"""Draws the figures of the theory answers as SVG, one as PNG: python theory/make_figures.py [--measure] [folder]."""
 
 import argparse
 import io
@@ -15,6 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -245,13 +246,49 @@ def gradients():
     return fig
 
 
+def deformable_sampling():
+    """Practical 2: where a 3 × 3 filter samples, on the regular grid, with dilation and with free offsets (chosen to be seen)."""
+    taps = np.array([(u, v) for v in (-1, 0, 1) for u in (-1, 0, 1)])
+    offsets = np.array([(-1.3, -0.7), (0.35, -1.6), (1.7, -1.25), (-1.75, 0.3), (0.3, 0.25), (0.6, -0.65), (-0.65, 1.5),
+                        (-0.4, 0.6), (1.4, 1.45)])
+    fig, axes = plt.subplots(1, 3, figsize=(9.4, 4.1))
+    ground(fig)
+    for ax, title, points, colour in zip(axes, ("regular grid", "dilation 2", "free offsets"), (taps, 2 * taps, taps + offsets),
+                                         (BLUE, BLUE, ORANGE)):
+        x, y = np.meshgrid(range(-3, 4), range(-3, 4))
+        ax.scatter(x, y, s=14, c=GREY)
+        ax.add_patch(Rectangle((-0.5, -0.5), 1, 1, fc="none", ec=INK, lw=1.3))
+        if (points != np.round(points)).any():
+            ax.scatter(*taps.T, s=46, fc="white", ec=BLUE, lw=1.3, zorder=2)
+            for start, end in zip(taps, points):
+                arrow(ax, start, end, INK)
+            corner = np.floor(points[2])  # the four pixels around one sample
+            ax.add_patch(Rectangle(corner, 1, 1, fc=GREEN, ec=GREEN, alpha=0.25, zorder=1))
+            ax.scatter(*(corner + [(0, 0), (1, 0), (0, 1), (1, 1)]).T, s=26, c=GREEN, zorder=3)
+        ax.scatter(*points.T, s=58, c=colour, zorder=4)
+        ax.set(xlim=(-3.4, 3.4), ylim=(3.4, -3.4), aspect="equal", title=title, xlabel="x from the output position (pixels)",
+               xticks=range(-3, 4), yticks=range(-3, 4))
+        ax.spines[["top", "right", "left", "bottom"]].set_color(GREY)
+        ax.tick_params(length=0)
+    axes[0].set_ylabel("y from the output position (pixels)")
+    fig.tight_layout(pad=1.6, rect=(0, 0.1, 1, 1))
+    handles = [Line2D([], [], ls="", marker="o", ms=size, mfc=face, mec=edge, label=label) for size, face, edge, label in (
+        (3.7, GREY, GREY, "pixel"), (7.6, BLUE, BLUE, "sample on a pixel"), (7.6, ORANGE, ORANGE, "sample between pixels"),
+        (5.1, GREEN, GREEN, "the four pixels that one sample reads"))]
+    handles.insert(1, Line2D([], [], ls="", marker="s", ms=9, mfc="none", mec=INK, label="output position"))
+    fig.legend(handles=handles, loc="lower center", ncols=5, frameon=False, fontsize=9.5, bbox_to_anchor=(0.5, 0.035),
+               handletextpad=0.2, columnspacing=1.2)
+    return fig
+
+
 FIGURES = {"1_equivalence": equivalence, "2_receptive_field": receptive_field, "3_unet": unet, "3_dense_block": dense_block,
-           "3_gradients": gradients}
+           "3_gradients": gradients, "deformable_sampling": deformable_sampling}
+RASTER = {"deformable_sampling"}  # PNG, which a notebook can show as a picture with alt text
 
 
-def write(path: Path, text: str) -> None:
+def write(path: Path, data: bytes) -> None:
     temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(data)
     os.replace(temporary, path)
 
 
@@ -260,10 +297,17 @@ def draw_all(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, draw in FIGURES.items():
         with plt.rc_context(STYLE):
-            fig, text = draw(), io.StringIO()
-            fig.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+            fig, drawn = draw(), io.BytesIO()
+            if name in RASTER:
+                fig.savefig(drawn, format="png", dpi=150, metadata={"Software": None})
+            else:
+                fig.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None})
             plt.close(fig)
-        write(folder / f"{name}.svg", "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n")
+        if name in RASTER:
+            write(folder / f"{name}.png", drawn.getvalue())
+        else:
+            lines = drawn.getvalue().decode().splitlines()
+            write(folder / f"{name}.svg", ("\n".join(line.rstrip() for line in lines) + "\n").encode())
 
 
 def main() -> None:
