@@ -279,7 +279,7 @@ onload = () => {
   }
   const broken = [...page.images].filter(image => !image.naturalWidth).length;
   document.body.dataset.result = JSON.stringify({width: page.documentElement.scrollWidth, lowest, broken,
-    math: page.querySelector(".formula math").getBoundingClientRect().height, ground: view.getComputedStyle(page.body).backgroundColor});
+    math: Math.max(...[...page.querySelectorAll(".formula math")].map(formula => formula.getBoundingClientRect().height)), ground: view.getComputedStyle(page.body).backgroundColor});
 };
 </script>"""
 
@@ -289,17 +289,44 @@ def needs_chromium():
         pytest.skip("no Chromium or Chrome installed: layout and contrast are not measured in a browser")
 
 
-@pytest.mark.parametrize("width, scheme", [(390, "light"), (1280, "dark")])
-def test_page_in_a_browser(tmp_path, sample, width, scheme):
+def check_in_a_browser(page, folder, width, scheme):
+    """Opens a page's HTML with no network in a frame of that width: no console message, no overflow, no broken image, contrast."""
     needs_chromium()
-    frame = tmp_path / "frame.html"
-    frame.write_text(MEASURE % (width, html.escape(convert(tmp_path, *sample))), encoding="utf-8")
+    frame = folder / "frame.html"
+    frame.write_text(MEASURE % (width, html.escape(page)), encoding="utf-8")
     run = pages.run_chromium("--enable-logging=stderr", f"--blink-settings=preferredColorScheme={int(scheme == 'light')}",
                              "--window-size=1400,1000", "--host-resolver-rules=MAP * ~NOTFOUND", "--dump-dom", frame.as_uri())
     assert "CONSOLE" not in run.stderr
     result = json.loads(html.unescape(re.search(r'data-result="(.*?)"', run.stdout)[1]))
     assert result["width"] <= width and result["broken"] == 0 and result["math"] > 20
     assert result["lowest"] >= 4.5 and result["ground"] == {"light": "rgb(255, 255, 255)", "dark": "rgb(15, 19, 24)"}[scheme]
+
+
+@pytest.mark.parametrize("width, scheme", [(390, "light"), (1280, "dark")])
+def test_page_in_a_browser(tmp_path, sample, width, scheme):
+    check_in_a_browser(convert(tmp_path, *sample), tmp_path, width, scheme)
+
+
+COMMITTED = sorted(path.name for path in (ROOT / "reports").glob("*.html"))
+
+
+@pytest.mark.parametrize("name", COMMITTED)
+@pytest.mark.parametrize("width, scheme", [(390, "dark"), (1280, "light")])
+def test_committed_page_in_a_browser(tmp_path, name, width, scheme):
+    check_in_a_browser((ROOT / "reports" / name).read_text(encoding="utf-8"), tmp_path, width, scheme)
+
+
+@pytest.mark.parametrize("name", COMMITTED)
+def test_committed_page_has_an_outline_and_a_table_of_contents(name):
+    soup = bs4.BeautifulSoup((ROOT / "reports" / name).read_bytes(), "html.parser")
+    levels = [int(tag.name[1]) for tag in soup.find_all(re.compile("^h[1-6]$"))]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(below - above <= 1 for above, below in zip(levels, levels[1:])), "a level is left out"
+    sections = {tag["id"] for tag in soup.find_all(["h2", "h3"])}
+    links = [link["href"].removeprefix("#") for link in soup.nav.find_all("a")]
+    assert set(links) == sections and len(links) == len(sections) > 2, "the contents name every section and nothing else"
+    assert all(len(soup.find_all(id=link)) == 1 for link in links)
+    assert soup.find_all("img") and all(image["alt"].strip() for image in soup.find_all("img"))
 
 
 def test_theory_images(tmp_path, monkeypatch):
