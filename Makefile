@@ -3,6 +3,7 @@
 # make clean  removes what the two made, and nothing that is committed
 # make submission NAME="Your Name" ID=StudentNumber   packs what is handed in, if it is fit to be (README, "Handing it in")
 # make rerun  unpacks that elsewhere, makes a fresh environment, runs every notebook and compares every number
+# make robustness  runs every notebook under hard conditions: other folders, no network, cut off and started again
 # make bench  times the deformable convolution against others and stores the numbers
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +12,7 @@ RUN := $(VENV)/bin/python
 # A variable of the command line as the shell's own, so that quotes in it do no harm; one of the environment does not count.
 given = $(if $(findstring command,$(origin $(1))),"$$$(1)")
 
-.PHONY: html test bench theory-images submission rerun clean
+.PHONY: html test robustness bench theory-images submission rerun clean
 .DELETE_ON_ERROR:
 
 html: $(VENV)/installed
@@ -19,6 +20,9 @@ html: $(VENV)/installed
 
 test: $(VENV)/installed-tests
 	$(RUN) -m pytest
+
+robustness: $(VENV)/installed-tests
+	$(RUN) -m pytest tests/robustness.py
 
 bench: $(VENV)/installed
 	$(RUN) -m tools.bench
