@@ -1,4 +1,4 @@
-"""Every notebook under hard conditions: `make robustness` (about ten minutes on two cores; not part of `make test`).
+"""Every notebook under hard conditions: `make robustness` (minutes, not seconds; not part of `make test`).
 
 The notebooks run in a copy of the project whose path holds spaces and Persian letters, with no network within reach: from
 four working directories, twice with the same seed, cut off in the middle of a training and started again, and on real data
