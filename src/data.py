@@ -1,7 +1,6 @@
 """Where the images come from: `HW3_DATA`, then `data/`, then the official source, then the built-in stand-in.
 
-Data sets: "cifar10" (Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009), "coco" (Lin et al.,
-"Microsoft COCO: Common Objects in Context", 2014) and "photos" (ADE20K or COCO photographs as they lie on disk).
+What a data set looks like on disk, and how it is read, each notebook says of its own; see `DataSet`.
 """
 
 import atexit
@@ -9,11 +8,8 @@ import contextlib
 import errno
 import functools
 import http.client
-import io
-import json
 import os
 import shutil
-import tarfile
 import tempfile
 import urllib.error
 import urllib.request
@@ -21,29 +17,18 @@ import zipfile
 import zlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent import futures
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from pycocotools.coco import COCO
-from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity
 from tqdm import tqdm
 
 from src import ROOT, ProjectError, standin
 
 DATA = ROOT / "data"  # downloads and the stand-in's files go here
-CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-_URLS = {"cifar10": CIFAR10.url, "coco": "http://images.cocodataset.org/annotations/annotations_trainval2017.zip"}
-_TITLES = {"cifar10": "CIFAR-10", "coco": "MS COCO", "photos": "Photos"}
-_COCO_SPLITS = ("train2017", "val2017")
-_COCO_KEYS = {"images": {"id", "file_name", "width", "height"}, "categories": {"id", "name", "supercategory"},
-              "annotations": {"id", "image_id", "category_id", "segmentation", "bbox", "area", "iscrowd"}}
-_PHOTO_LAYOUTS = ({"train": ("ADEChallengeData2016/images/training", "ADEChallengeData2016/images/validation"),
-                   "test": ("release_test/testing",)},
-                  {"train": ("coco/train2017", "photos"), "test": ("coco/val2017",)})
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 _NETWORK_ERRORS = (OSError, http.client.HTTPException, futures.TimeoutError)
 _TIMEOUT = 20  # seconds without a byte before a download counts as broken
@@ -58,10 +43,20 @@ class DownloadError(DataError):
 
 
 @dataclass(frozen=True)
+class DataSet:
+    """How a data set is recognised on disk, and fetched where it is not."""
+
+    title: str  # such as "CIFAR-10"
+    is_in: Callable[[Path], bool]  # whether a folder holds it
+    urls: tuple[str, ...]  # its files at the official source
+    fetch: Callable[[str, Path], None]  # stores what lies at one of the `urls` in a folder; see `download`, `download_zip`
+
+
+@dataclass(frozen=True)
 class Source:
     """Where a data set was found: `name` is "HW3_DATA", "data/", "download" or "stand-in"."""
 
-    dataset: str
+    title: str  # of the data set
     name: str
     path: Path | None = field(default=None, repr=False)  # folder that holds the data set; None for the stand-in
     counts: str = ""  # such as "10000 train, 2000 test", once loaded
@@ -75,44 +70,42 @@ class Source:
         origin = "STAND-IN images drawn by this project's own code" if self.is_standin else f"real images from {self.name}"
         counts = f" ({self.counts})" if self.counts else ""
         warning = "; results say nothing about the real data" if self.is_standin else ""
-        return f"{_TITLES[self.dataset]}: {origin}{counts}{warning}"
+        return f"{self.title}: {origin}{counts}{warning}"
 
 
 # --- finding --------------------------------------------------------------------------------------------------------
-def find_source(dataset: str, allow_download: bool = True) -> Source:
-    """Choose where `dataset` ("cifar10", "coco" or "photos") comes from, and print the choice and its reasons.
+def find_source(dataset: DataSet, allow_download: bool = True) -> Source:
+    """Choose where a data set comes from, and print the choice and its reasons.
 
     `HW3_PROFILE=smoke` always takes the stand-in; `HW3_PROFILE=demo` takes what is on disk but downloads nothing.
 
     Raises:
         DataError: `HW3_DATA` is not a folder, or a download cannot be stored or has a wrong checksum.
     """
-    notes, profile = [], os.environ.get("HW3_PROFILE")
+    notes, profile, title = [], os.environ.get("HW3_PROFILE"), dataset.title
 
     def choose() -> Source:
         if profile == "smoke":
             notes.append("the smoke profile always takes the stand-in")
-            return Source(dataset, "stand-in")
+            return Source(title, "stand-in")
         for name, folder in (("HW3_DATA", _user_folder()), ("data/", DATA)):
-            if folder and _holds(dataset, folder):
-                return Source(dataset, name, folder)
+            if folder and dataset.is_in(folder):
+                return Source(title, name, folder)
             notes.append(f"{name} holds none" if folder else "HW3_DATA is not set")
-        if dataset not in _URLS or not allow_download or profile == "demo":
+        if not allow_download or profile == "demo":
             notes.append("nothing is downloaded for it" + " in the demo profile" * (profile == "demo"))
-            return Source(dataset, "stand-in")
+            return Source(title, "stand-in")
         try:
-            _check_reachable(_URLS[dataset])
-            if dataset == "cifar10":
-                download(_URLS[dataset], DATA / CIFAR10.filename, CIFAR10.tgz_md5)
-            else:
-                _download_annotations(DATA / "coco" / "annotations")
-            return Source(dataset, "download", DATA)
+            _check_reachable(dataset.urls[0])
+            for url in dataset.urls:
+                dataset.fetch(url, DATA)
+            return Source(title, "download", DATA)
         except DownloadError as error:
             notes.append(str(error))
-            return Source(dataset, "stand-in")
+            return Source(title, "stand-in")
 
     source = choose()
-    print(*(f"{_TITLES[dataset]}: {note}" for note in notes), source.describe(), sep="\n")
+    print(*(f"{title}: {note}" for note in notes), source.describe(), sep="\n")
     return source
 
 
@@ -128,17 +121,9 @@ def _user_folder() -> Path | None:
     return None
 
 
-def _holds(dataset: str, folder: Path) -> bool:
-    if dataset == "cifar10":
-        return _cifar10_batches(folder) is not None or any((folder / "cifar10" / s).is_dir() for s in ("train", "test"))
-    if dataset == "coco":
-        return any(_annotation_file(folder, split).is_file() for split in _COCO_SPLITS)
-    return _photo_layout(folder) is not None
-
-
 # --- downloading ----------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
-def _storing(target: Path, *unfinished: Path) -> Iterator[None]:
+def storing(target: Path, *unfinished: Path) -> Iterator[None]:
     """Turn a full disk or an unwritable folder into one DataError, and remove the unfinished files then."""
     try:
         yield
@@ -160,7 +145,7 @@ def download(url: str, target: Path, md5: str | None = None, attempts: int = 3) 
         DataError: wrong checksum, full disk or unwritable folder; no file is left.
     """
     part = target.with_name(target.name + ".part")
-    with _storing(target, part):
+    with storing(target, part):
         target.parent.mkdir(parents=True, exist_ok=True)
         for attempt in range(1, attempts + 1):
             try:
@@ -215,29 +200,40 @@ def _check_reachable(url: str, seconds: float = 5) -> None:
         pool.shutdown(wait=False)
 
 
-def _download_annotations(folder: Path) -> None:
-    """Store COCO's two instance files in `folder`; the images follow one by one as they are needed."""
-    archive = folder / _URLS["coco"].rpartition("/")[2]
-    download(_URLS["coco"], archive)
-    parts = [folder / f"instances_{split}.json.part" for split in _COCO_SPLITS]
-    with _storing(folder, archive, *parts):
-        try:
-            with zipfile.ZipFile(archive) as bundle:
-                for part in parts:
-                    with bundle.open(f"annotations/{part.stem}") as packed, open(part, "wb") as file:
-                        shutil.copyfileobj(packed, file)  # reading to the end checks the CRC
-        except (zipfile.BadZipFile, zlib.error, KeyError, EOFError) as error:
-            for path in (archive, *parts):
-                path.unlink(missing_ok=True)
-            raise DataError(f"{_URLS['coco']} arrived damaged ({error}) and was removed: run again") from error
-        for part in parts:
-            os.replace(part, part.with_suffix(""))
+def download_zip(url: str, folder: Path, wanted: Callable[[str], bool]) -> None:
+    """Fetch an archive and unpack those of its files whose names are `wanted`; none lands in `folder` before all are whole.
+
+    Raises:
+        DownloadError: the network failed; the part is kept.
+        DataError: the archive is damaged (it is removed), or the disk is full or the folder unwritable.
+    """
+    archive = folder / url.rpartition("/")[2]
+    if not archive.is_file():  # an unpacking that was interrupted goes on with the archive it had
+        download(url, archive)
+    unpacked = folder / f"{archive.stem}.part"
+    try:
+        with storing(folder), zipfile.ZipFile(archive) as bundle:
+            names = [name for name in bundle.namelist() if wanted(name)]
+            if not names:
+                raise zipfile.BadZipFile("none of the files is in it")
+            for name in tqdm(names, desc=f"unpacking {archive.name}", disable=len(names) < 100):
+                bundle.extract(name, unpacked)  # never outside of the folder; reading to the end checks the CRC
+            for path in [path for path in unpacked.rglob("*") if path.is_file()]:
+                target = folder / path.relative_to(unpacked)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(path, target)
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         archive.unlink()
+        raise DataError(f"{url} arrived damaged ({error}) and was removed: run again") from error
+    finally:
+        shutil.rmtree(unpacked, ignore_errors=True)
+    archive.unlink()
 
 
 # --- reading files --------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def opened_image(path: Path) -> Iterator[Image.Image]:
+    """An image file whose pixels need not be read; what goes wrong inside becomes a DataError that names the file."""
     try:
         with Image.open(path) as image:
             yield image
@@ -247,11 +243,11 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 
 def read_image(path: Path) -> Image.Image:
     """Read an image file as RGB; a missing or damaged file raises a DataError that names it."""
-    with _opened(path) as image:
+    with opened_image(path) as image:
         return image.convert("RGB")
 
 
-def _image_files(folder: Path) -> list[Path]:
+def image_files(folder: Path) -> list[Path]:
     """The JPEG and PNG files of a folder in sorted order; DataError if there is none."""
     files = sorted(path for path in (folder.iterdir() if folder.is_dir() else ())
                    if path.suffix.lower() in (".jpg", ".jpeg", ".png") and not path.name.startswith("."))
@@ -261,23 +257,19 @@ def _image_files(folder: Path) -> list[Path]:
     return files
 
 
-@functools.cache
-def _standin_folder(kind: str, parent: Path) -> Path:
-    """Folder of drawn files, "coco" or "photos", made at first use; temporary where `parent` cannot be written."""
-    def draw(folder: Path) -> Path:
-        if kind == "coco":
-            standin.write_coco(folder, n_train=80, n_val=40, seed=0)
-        else:
-            standin.write_photos(folder / "train", 40, side=320, seed=0)
-            standin.write_photos(folder / "test", 20, side=320, seed=1)
-        return folder
+def standin_folder(kind: str, draw: Callable[[Path], None]) -> Path:
+    """Folder of drawn files, which `draw` makes at first use; temporary where `data/` cannot be written."""
+    return _drawn(kind, draw, DATA / f"standin-{standin.VERSION}" / kind)
 
-    target = parent / f"standin-{standin.VERSION}" / kind
+
+@functools.cache
+def _drawn(kind: str, draw: Callable[[Path], None], target: Path) -> Path:
     part = target.with_name(f"{kind}.part-{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if not target.is_dir():
-            os.rename(draw(part), target)
+            draw(part)
+            os.rename(part, target)
     except OSError:
         pass  # an unwritable or full folder, or another program was quicker
     finally:
@@ -286,92 +278,9 @@ def _standin_folder(kind: str, parent: Path) -> Path:
         return target
     folder = Path(tempfile.mkdtemp(prefix="standin-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    with _storing(folder):
-        return draw(folder / kind)
-
-
-# --- CIFAR-10 -------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Cifar10:
-    """Images uint8 (N, 3, 32, 32) and labels int64 (N,), which are positions in `classes`; class after class."""
-
-    train_images: torch.Tensor
-    train_labels: torch.Tensor
-    test_images: torch.Tensor
-    test_labels: torch.Tensor
-    classes: tuple[str, ...]
-    source: Source
-
-
-def load_cifar10(classes: Sequence[str] = ("airplane", "automobile"), source: Source | None = None,
-                 limit: int | None = None) -> Cifar10:
-    """Load some classes of CIFAR-10, at most `limit` images per class and split, in a fixed order.
-
-    Accepted: `cifar-10-batches-py/`, `cifar-10-python.tar.gz` (both also under `cifar10/`) and
-    `cifar10/{train,test}/<class>/*.jpg|png`.
-
-    Raises:
-        DataError: an unknown class, a missing or empty class folder, a damaged image or archive, a wrong image size.
-    """
-    source = source or find_source("cifar10")
-    known = CIFAR10_CLASSES[:2] if source.is_standin else CIFAR10_CLASSES
-    if unknown := [name for name in classes if name not in known]:
-        raise DataError(f"no class {unknown[0]} in {source.describe()}: choose from {', '.join(known)}")
-    arrays = None
-    if source.is_standin:
-        arrays = {"train": standin.draw_cifar(min(400, limit or 400), seed=0),
-                  "test": standin.draw_cifar(min(200, limit or 200), seed=1)}
-    elif batches := _cifar10_batches(source.path):
-        arrays = _read_batches(batches)
-    tensors, counts = [], []
-    for split in ("train", "test"):
-        if arrays:
-            images, labels = arrays[split]
-            parts = [images[labels == CIFAR10_CLASSES.index(name)][:limit] for name in classes]
-        else:
-            parts = [_read_class(source.path / "cifar10" / split / name, limit) for name in classes]
-        images = torch.from_numpy(np.concatenate(parts)).permute(0, 3, 1, 2).contiguous()
-        tensors += [images, torch.arange(len(classes)).repeat_interleave(torch.tensor([len(part) for part in parts]))]
-        counts.append(f"{len(images)} {split}")
-    return Cifar10(*tensors, tuple(classes), replace(source, counts=", ".join(counts)))
-
-
-def _read_class(folder: Path, limit: int | None) -> np.ndarray:
-    """The images of one class folder, uint8 (N, 32, 32, 3)."""
-    images = []
-    for path in _image_files(folder)[:limit]:  # threads gain nothing: such small files decode in Python's own time
-        image = read_image(path)
-        if image.size != (32, 32):
-            raise DataError(f"{path} is {image.width}x{image.height} pixels, CIFAR-10 has 32x32: replace or remove it")
-        images.append(np.asarray(image))
-    return np.stack(images)
-
-
-def _cifar10_batches(folder: Path) -> Path | None:
-    """torchvision's folder of batches, or else its archive, if there is one."""
-    paths = [base / name for name in (CIFAR10.base_folder, CIFAR10.filename) for base in (folder, folder / "cifar10")]
-    return next((path for path in paths if path.exists()), None)
-
-
-def _read_batches(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Images (N, 32, 32, 3) and labels (N,) of both splits, from the folder or the archive, checked by MD5."""
-    files = [*CIFAR10.train_list, *CIFAR10.test_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])]
-    advice = f"replace it by a fresh {CIFAR10.url}, or move {path.name} away to use another source"
-    if path.is_file():
-        if not check_integrity(path, CIFAR10.tgz_md5):
-            raise DataError(f"{path} is incomplete or damaged (MD5 is not {CIFAR10.tgz_md5}): {advice}")
-        with tempfile.TemporaryDirectory() as folder, tarfile.open(path) as archive:  # the user's folder stays as it is
-            unpacked = Path(folder) / CIFAR10.base_folder
-            with _storing(unpacked):
-                unpacked.mkdir()
-                for name, _ in files:  # one by one, so that nothing can land outside the folder
-                    (unpacked / name).write_bytes(archive.extractfile(f"{CIFAR10.base_folder}/{name}").read())
-            return _read_batches(unpacked)
-    for name, md5 in files:
-        if not check_integrity(path / name, md5):
-            raise DataError(f"{path / name} is missing or damaged (MD5 is not {md5}): {advice}")
-    splits = {split: CIFAR10(path.parent, train=split == "train") for split in ("train", "test")}
-    return {split: (batches.data, np.array(batches.targets)) for split, batches in splits.items()}
+    with storing(folder):
+        draw(folder / kind)
+    return folder / kind
 
 
 # --- splits ---------------------------------------------------------------------------------------------------------
@@ -405,86 +314,3 @@ def _draw_validation(items: np.ndarray, fraction: float, rng: np.random.Generato
 
 def _two_parts(validates: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(np.flatnonzero(~validates)), torch.from_numpy(np.flatnonzero(validates))
-
-
-# --- COCO and photos ------------------------------------------------------------------------------------------------
-def load_coco(split: str, source: Source | None = None) -> tuple[COCO, Callable[[dict], Path]]:
-    """Load the instance annotations of "train2017" or "val2017".
-
-    Returns:
-        The annotations, and `image_path(image_info)`, which gives an image's local file; in `data/`, a missing image is
-        downloaded.
-
-    Raises:
-        DataError: the annotation file is missing, broken or lacks a key; from `image_path`: the image is missing.
-    """
-    source = source or find_source("coco")
-    file = _annotation_file(_standin_folder("coco", DATA) if source.is_standin else source.path, split)
-    coco = COCO()
-    coco.dataset = _read_annotations(file)
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco.createIndex()
-
-    def image_path(info: dict) -> Path:
-        path = file.parent.parent / split / Path(info["file_name"]).name
-        if not path.is_file():
-            if source.name not in ("data/", "download") or "coco_url" not in info:
-                raise DataError(f"the image {path} named in {file.name} is missing: add it, or use another source")
-            download(info["coco_url"], path)
-        return path
-
-    return coco, image_path
-
-
-def _annotation_file(folder: Path, split: str) -> Path:
-    base = folder / "coco" if (folder / "coco" / "annotations").is_dir() else folder
-    return base / "annotations" / f"instances_{split}.json"
-
-
-def _read_annotations(file: Path) -> dict:
-    try:
-        document = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read the annotations {file} ({error}): replace the file") from error
-    for section, keys in _COCO_KEYS.items():
-        entries = document.get(section) if isinstance(document, dict) else None
-        if not isinstance(entries, list):
-            raise DataError(f'{file} has no list "{section}": replace it by a COCO instance file')
-        for position, entry in enumerate(entries):
-            if missing := keys.difference(entry if isinstance(entry, dict) else ()):
-                raise DataError(f'{file}: entry {position} of "{section}" has no "{min(missing)}": correct it')
-    return document
-
-
-def list_photos(role: str, source: Source | None = None, minimum_side: int = 1) -> list[Path]:
-    """The photos for "train" or "test" in sorted order, without those whose shorter side is below `minimum_side`.
-
-    ADE20K (`ADEChallengeData2016/images/{training,validation}` train, `release_test/testing` tests) comes before COCO
-    (`coco/train2017` and `photos` train, `coco/val2017` tests). No photo serves both roles.
-
-    Raises:
-        DataError: an empty folder, an unreadable photo, or none that is large enough.
-    """
-    source = source or find_source("photos")
-    if source.is_standin:
-        folders = [_standin_folder("photos", DATA) / role]
-    else:
-        layout = _photo_layout(source.path) or _PHOTO_LAYOUTS[-1]
-        folders = [source.path / name for name in layout[role] if (source.path / name).is_dir()]
-    kept, left_out = [], 0
-    for path in (path for folder in folders for path in _image_files(folder)):
-        with _opened(path) as image:
-            fits = min(image.size) >= minimum_side
-        kept += [path] * fits
-        left_out += not fits
-    if left_out:
-        print(f"Photos: left out {left_out} of {left_out + len(kept)} for {role}, below {minimum_side} pixels")
-    if not kept:
-        raise DataError(f"no {role} photo with a shorter side of {minimum_side} pixels or more: add larger photos")
-    return kept
-
-
-def _photo_layout(folder: Path) -> dict | None:
-    """The first layout of which both roles have a folder."""
-    return next((layout for layout in _PHOTO_LAYOUTS
-                 if all(any((folder / name).is_dir() for name in names) for names in layout.values())), None)

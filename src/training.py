@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import tempfile
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -150,15 +149,15 @@ def _save(content, path: Path) -> None:
     """Writes with torch.save under a temporary name, then renames: no half-written file stays."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
-        os.close(handle)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
         try:
             torch.save(content, temporary)
             os.replace(temporary, path)
         finally:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:
-        raise ProjectError(f"{path.name} cannot be saved in {path.parent.name}/ ({error}): free space or rights are missing.")
+        raise ProjectError(
+            f"{path.name} cannot be saved in {path.parent.name}/ ({error}): free space or rights are missing.") from error
 
 
 def save_model(model: torch.nn.Module, path: Path) -> None:

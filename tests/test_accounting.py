@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from src import ProjectError
-from src.accounting import WHOLE, Axis, ReceptiveField, output_size, regular_grid, summary, walk
+from theory.accounting import WHOLE, Axis, ReceptiveField, output_size, regular_grid, summary, walk
 
 
 @pytest.fixture(autouse=True)

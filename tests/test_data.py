@@ -1,4 +1,4 @@
-"""Sources, downloads, loaders and splits, with every kind of bad input."""
+"""Sources, downloads, splits, and the notebooks' own readers, with every kind of bad input."""
 
 import errno
 import hashlib
@@ -12,6 +12,7 @@ import socket
 import tarfile
 import threading
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,10 @@ from torchvision.datasets import CIFAR10
 
 from src import data
 from src.data import DataError, DownloadError, Source
+from src.notebooks import definitions
+
+transfer, deformable, change = map(definitions, ("transfer_learning", "deformable_convolution", "detect_change"))
+SETS = {"cifar10": (transfer, "CIFAR10_SET"), "coco": (deformable, "COCO_SET"), "photos": (change, "PHOTO_SET")}
 
 
 def md5(content: bytes) -> str:
@@ -34,11 +39,21 @@ def closed_port() -> str:
         return f"http://127.0.0.1:{probe.getsockname()[1]}/file"
 
 
+def find(dataset: str, **options) -> Source:
+    return data.find_source(getattr(*SETS[dataset]), **options)
+
+
+def serve(monkeypatch, dataset: str, *urls: str) -> None:
+    """Another place takes the part of the official source."""
+    monkeypatch.setattr(*SETS[dataset], replace(getattr(*SETS[dataset]), urls=urls))
+
+
 @pytest.fixture(autouse=True)
 def isolated(monkeypatch, tmp_path):
     """Downloads go to a scratch folder and no URL leaves the machine."""
     monkeypatch.setattr(data, "DATA", tmp_path / "project-data")
-    monkeypatch.setattr(data, "_URLS", {"cifar10": closed_port(), "coco": closed_port()})
+    for dataset in SETS:
+        serve(monkeypatch, dataset, closed_port())
     for name in ("http_proxy", "HTTP_PROXY"):
         monkeypatch.delenv(name, raising=False)
 
@@ -122,7 +137,7 @@ def batches(tmp_path, monkeypatch):
     monkeypatch.setattr(CIFAR10, "train_list", [write("data_batch_1", batch(0, slice(0, 2))),
                                                 write("data_batch_2", batch(0, slice(2, 3)))])
     monkeypatch.setattr(CIFAR10, "test_list", [write("test_batch", batch(1, slice(0, 3)))])
-    meta = write("batches.meta", {"label_names": list(data.CIFAR10_CLASSES)})
+    meta = write("batches.meta", {"label_names": list(transfer.CIFAR10_CLASSES)})
     monkeypatch.setattr(CIFAR10, "meta", {"filename": meta[0], "key": "label_names", "md5": meta[1]})
     with tarfile.open(parent / CIFAR10.filename, "w:gz") as archive:
         archive.add(folder, CIFAR10.base_folder)
@@ -133,24 +148,24 @@ def batches(tmp_path, monkeypatch):
 # --- sources --------------------------------------------------------------------------------------------------------
 def test_order_of_sources(monkeypatch, tmp_path, server, batches, capsys):
     server.files["cifar"] = (batches[0] / CIFAR10.filename).read_bytes()
-    monkeypatch.setitem(data._URLS, "cifar10", server.url("cifar"))
-    found = data.find_source("cifar10", allow_download=False)
+    serve(monkeypatch, "cifar10", server.url("cifar"))
+    found = find("cifar10", allow_download=False)
     assert found.name == "stand-in" and found.is_standin
-    found = data.find_source("cifar10")
+    found = find("cifar10")
     assert (found.name, found.path) == ("download", data.DATA)
     assert sorted(path.name for path in data.DATA.iterdir()) == [CIFAR10.filename]
-    assert len(data.load_cifar10(source=found).train_images) == 6
-    assert data.find_source("cifar10").name == "data/"
+    assert len(transfer.load_cifar10(source=found).train_images) == 6
+    assert find("cifar10").name == "data/"
     (tmp_path / "empty").mkdir()
     monkeypatch.setenv("HW3_DATA", str(tmp_path / "empty"))
     capsys.readouterr()
-    assert data.find_source("cifar10").name == "data/"
+    assert find("cifar10").name == "data/"
     assert capsys.readouterr().out.splitlines() == ["CIFAR-10: HW3_DATA holds none", "CIFAR-10: real images from data/"]
     monkeypatch.setenv("HW3_DATA", str(tmp_path / "as-images"))
-    found = data.find_source("cifar10")
+    found = find("cifar10")
     assert (found.name, found.path) == ("HW3_DATA", tmp_path / "as-images")
     monkeypatch.setenv("HW3_PROFILE", "smoke")
-    assert data.find_source("cifar10").is_standin
+    assert find("cifar10").is_standin
     assert "smoke profile always takes the stand-in" in capsys.readouterr().out
 
 
@@ -160,23 +175,23 @@ def test_hw3_data_relative_to_working_directory_then_project(monkeypatch, tmp_pa
     monkeypatch.setattr(data, "ROOT", tmp_path / "project")
     monkeypatch.setenv("HW3_DATA", "sub")
     monkeypatch.chdir(tmp_path / "here")
-    assert data.find_source("cifar10").path == tmp_path / "here" / "sub"
+    assert find("cifar10").path == tmp_path / "here" / "sub"
     monkeypatch.chdir(tmp_path)
-    assert data.find_source("cifar10").path == tmp_path / "project" / "sub"
+    assert find("cifar10").path == tmp_path / "project" / "sub"
 
 
 def test_hw3_data_that_is_no_folder(monkeypatch):
     monkeypatch.setenv("HW3_DATA", "no/such/folder")
     with pytest.raises(DataError, match="HW3_DATA=no/such/folder is not a folder: correct it"):
-        data.find_source("cifar10")
+        find("cifar10")
 
 
 @pytest.mark.parametrize("dataset", ["cifar10", "coco", "photos"])
 def test_without_network_the_standin_is_taken_and_said_loudly(dataset, capsys):
-    source = data.find_source(dataset)
+    source = find(dataset)
     out = capsys.readouterr().out
     assert source.is_standin and "STAND-IN" in out and "say nothing about the real data" in out
-    assert "cannot be reached" in out or dataset == "photos"
+    assert "cannot be reached" in out
     assert str(Path.home()) not in out and str(data.DATA) not in out
     assert not data.DATA.exists()
 
@@ -184,13 +199,13 @@ def test_without_network_the_standin_is_taken_and_said_loudly(dataset, capsys):
 def test_demo_profile_downloads_nothing(monkeypatch, capsys):
     monkeypatch.setenv("HW3_PROFILE", "demo")
     monkeypatch.setattr(data, "_check_reachable", lambda url: pytest.fail("asked the network"))
-    assert data.find_source("coco").is_standin
+    assert find("coco").is_standin
     assert "nothing is downloaded for it in the demo profile" in capsys.readouterr().out
 
 
 def test_describe_and_repr_show_counts_but_no_folder(tmp_path):
     write_class_folders(tmp_path)
-    loaded = data.load_cifar10(source=Source("cifar10", "HW3_DATA", tmp_path))
+    loaded = transfer.load_cifar10(source=Source("CIFAR-10", "HW3_DATA", tmp_path))
     assert loaded.source.describe() == "CIFAR-10: real images from HW3_DATA (6 train, 6 test)"
     assert str(tmp_path) not in repr(loaded.source)
 
@@ -238,8 +253,8 @@ def test_wrong_checksum_leaves_no_file_and_keeps_the_old_one(server, tmp_path):
 
 def test_broken_download_falls_back_to_the_standin(server, monkeypatch, capsys):
     server.files["cifar"], server.drops = CONTENT, 99
-    monkeypatch.setitem(data._URLS, "cifar10", server.url("cifar"))
-    assert data.find_source("cifar10").is_standin
+    serve(monkeypatch, "cifar10", server.url("cifar"))
+    assert find("cifar10").is_standin
     out = capsys.readouterr().out
     assert "the part that arrived is kept" in out and "STAND-IN" in out
     assert [path.name for path in data.DATA.iterdir()] == [f"{CIFAR10.filename}.part"]
@@ -266,22 +281,22 @@ def test_disk_that_is_too_small_is_noticed_before_writing(server, tmp_path, monk
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
 def test_unwritable_data_folder(server, monkeypatch, number):
     server.files["cifar"] = CONTENT
-    monkeypatch.setitem(data._URLS, "cifar10", server.url("cifar"))
+    serve(monkeypatch, "cifar10", server.url("cifar"))
 
     def refuse(*arguments, **options):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(DataError, match="cannot write .*make the folder writable, point HW3_DATA"):
-        data.find_source("cifar10")
+        find("cifar10")
 
 
 def test_data_folder_that_is_a_file(server, monkeypatch, tmp_path):
     server.files["cifar"] = CONTENT
-    monkeypatch.setitem(data._URLS, "cifar10", server.url("cifar"))
+    serve(monkeypatch, "cifar10", server.url("cifar"))
     data.DATA.write_text("mine")
     with pytest.raises(DataError, match="cannot write"):
-        data.find_source("cifar10")
+        find("cifar10")
     assert data.DATA.read_text() == "mine"
 
 
@@ -292,7 +307,7 @@ def test_all_layouts_give_the_same_tensors(batches, tmp_path):
         (tmp_path / name / "cifar10").mkdir(parents=True)
         os.rename(parent / move, tmp_path / name / "cifar10" / move)
     for name in ("as-images", "only-folder", "only-archive"):
-        loaded = data.load_cifar10(source=Source("cifar10", "HW3_DATA", tmp_path / name))
+        loaded = transfer.load_cifar10(source=Source("CIFAR-10", "HW3_DATA", tmp_path / name))
         for s, (tensor, labels) in enumerate(((loaded.train_images, loaded.train_labels),
                                               (loaded.test_images, loaded.test_labels))):
             expected = torch.from_numpy(images[s].reshape(6, 32, 32, 3)).permute(0, 3, 1, 2)
@@ -303,9 +318,9 @@ def test_all_layouts_give_the_same_tensors(batches, tmp_path):
 
 @pytest.mark.parametrize("kind", ["as-images", "as-batches", "stand-in"])
 def test_labels_are_positions_in_classes_and_limit_takes_the_first(batches, tmp_path, kind):
-    source = Source("cifar10", "stand-in") if kind == "stand-in" else Source("cifar10", "data/", tmp_path / kind)
-    usual = data.load_cifar10(source=source, limit=3)
-    turned = data.load_cifar10(("automobile", "airplane"), source, limit=2)
+    source = Source("CIFAR-10", "stand-in") if kind == "stand-in" else Source("CIFAR-10", "data/", tmp_path / kind)
+    usual = transfer.load_cifar10(source=source, limit=3)
+    turned = transfer.load_cifar10(("automobile", "airplane"), source, limit=2)
     assert turned.train_labels.tolist() == turned.test_labels.tolist() == [0, 0, 1, 1]
     assert torch.equal(turned.train_images, usual.train_images[[3, 4, 0, 1]])
     assert turned.classes == ("automobile", "airplane") and turned.source.counts == "4 train, 4 test"
@@ -313,7 +328,7 @@ def test_labels_are_positions_in_classes_and_limit_takes_the_first(batches, tmp_
 
 def test_standin_train_and_test_differ(monkeypatch):
     monkeypatch.setenv("HW3_PROFILE", "smoke")
-    loaded = data.load_cifar10(limit=4)
+    loaded = transfer.load_cifar10(limit=4)
     assert loaded.source.is_standin and loaded.train_images.shape == loaded.test_images.shape == (8, 3, 32, 32)
     assert not torch.equal(loaded.train_images, loaded.test_images)
 
@@ -352,44 +367,44 @@ def test_damaged_class_folders(tmp_path, spoil, message):
     write_class_folders(tmp_path, suffix="jpg")
     spoil(tmp_path)
     with pytest.raises(DataError, match=message) as caught:
-        data.load_cifar10(source=Source("cifar10", "HW3_DATA", tmp_path))
+        transfer.load_cifar10(source=Source("CIFAR-10", "HW3_DATA", tmp_path))
     assert "\n" not in str(caught.value)
 
 
 def test_hidden_files_are_not_images(tmp_path):
     write_class_folders(tmp_path)
     (tmp_path / "cifar10/train/airplane/._0000.png").write_text("resource fork")
-    assert len(data.load_cifar10(source=Source("cifar10", "data/", tmp_path)).train_images) == 6
+    assert len(transfer.load_cifar10(source=Source("CIFAR-10", "data/", tmp_path)).train_images) == 6
 
 
 def test_unknown_class(tmp_path):
     write_class_folders(tmp_path)
     with pytest.raises(DataError, match="no class plane in CIFAR-10: real images from data/: choose from airplane, auto"):
-        data.load_cifar10(("plane", "automobile"), Source("cifar10", "data/", tmp_path))
+        transfer.load_cifar10(("plane", "automobile"), Source("CIFAR-10", "data/", tmp_path))
     with pytest.raises(DataError, match="no class cat .*STAND-IN.*: choose from airplane, automobile$"):
-        data.load_cifar10(("airplane", "cat"), Source("cifar10", "stand-in"))
+        transfer.load_cifar10(("airplane", "cat"), Source("CIFAR-10", "stand-in"))
 
 
 def test_half_an_archive_and_a_damaged_batch(batches):
     parent, _ = batches
-    source = Source("cifar10", "data/", parent)
+    source = Source("CIFAR-10", "data/", parent)
     batch = parent / CIFAR10.base_folder / "test_batch"
     batch.write_bytes(batch.read_bytes()[:-1])
     with pytest.raises(DataError, match=r"test_batch is missing or damaged \(MD5.*: replace it"):
-        data.load_cifar10(source=source)
+        transfer.load_cifar10(source=source)
     batch.unlink()
     with pytest.raises(DataError, match="test_batch is missing or damaged"):
-        data.load_cifar10(source=source)
+        transfer.load_cifar10(source=source)
     shutil.rmtree(batch.parent)
     archive = parent / CIFAR10.filename
     archive.write_bytes(archive.read_bytes()[:1000])
     with pytest.raises(DataError, match=rf"{CIFAR10.filename} is incomplete or damaged \(MD5.*: replace it by a fresh http"):
-        data.load_cifar10(source=source)
+        transfer.load_cifar10(source=source)
     assert archive.stat().st_size == 1000 and list(parent.iterdir()) == [archive]
 
 
 def test_real_cifar10(real_data):
-    loaded = data.load_cifar10(source=Source("cifar10", "HW3_DATA", real_data))
+    loaded = transfer.load_cifar10(source=Source("CIFAR-10", "HW3_DATA", real_data))
     assert loaded.source.describe() == "CIFAR-10: real images from HW3_DATA (10000 train, 2000 test)"
     assert loaded.train_images.shape == (10000, 3, 32, 32) and loaded.test_images.shape == (2000, 3, 32, 32)
     assert loaded.train_labels.bincount().tolist() == [5000, 5000]
@@ -442,7 +457,7 @@ def write_coco(folder: Path, document, split: str = "val2017") -> Source:
     (folder / "annotations").mkdir(parents=True, exist_ok=True)
     text = document if isinstance(document, str) else json.dumps(document)
     (folder / "annotations" / f"instances_{split}.json").write_text(text)
-    return Source("coco", "HW3_DATA", folder)
+    return Source("MS COCO", "HW3_DATA", folder)
 
 
 @pytest.mark.parametrize("sub", ["coco", "."])
@@ -451,15 +466,15 @@ def test_coco_layouts(tmp_path, monkeypatch, capsys, sub):
     (tmp_path / sub / "val2017").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / sub / "val2017" / "1.jpg")
     monkeypatch.setenv("HW3_DATA", str(tmp_path))
-    coco, image_path = data.load_coco("val2017")
+    coco, image_path = deformable.load_coco("val2017")
     assert capsys.readouterr().out == "MS COCO: real images from HW3_DATA\n"
     assert image_path(coco.imgs[1]) == tmp_path / sub / "val2017" / "1.jpg"
     with pytest.raises(DataError, match="cannot read the annotations .*instances_train2017.json"):
-        data.load_coco("train2017")
+        deformable.load_coco("train2017")
 
 
 def test_coco_image_that_is_missing(tmp_path):
-    coco, image_path = data.load_coco("val2017", write_coco(tmp_path, coco_document()))
+    coco, image_path = deformable.load_coco("val2017", write_coco(tmp_path, coco_document()))
     with pytest.raises(DataError, match=r"the image .*val2017/1\.jpg named in instances_val2017\.json is missing: add it"):
         image_path(coco.imgs[1])
 
@@ -474,7 +489,7 @@ def test_coco_image_that_is_missing(tmp_path):
 ])
 def test_coco_bad_annotations(tmp_path, document, message):
     with pytest.raises(DataError, match=message):
-        data.load_coco("val2017", write_coco(tmp_path, document))
+        deformable.load_coco("val2017", write_coco(tmp_path, document))
 
 
 def coco_archive(document: dict) -> bytes:
@@ -489,8 +504,8 @@ def test_coco_download_takes_two_files_and_each_image_once(server, monkeypatch):
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8)).save(buffer, "JPEG")
     server.files = {"1.jpg": buffer.getvalue(), "all.zip": coco_archive(coco_document(server.url("1.jpg")))}
-    monkeypatch.setitem(data._URLS, "coco", server.url("all.zip"))
-    coco, image_path = data.load_coco("train2017")
+    serve(monkeypatch, "coco", server.url("all.zip"))
+    coco, image_path = deformable.load_coco("train2017")
     folder = data.DATA / "coco"
     assert sorted(path.name for path in (folder / "annotations").iterdir()) == [
         "instances_train2017.json", "instances_val2017.json"]
@@ -498,9 +513,9 @@ def test_coco_download_takes_two_files_and_each_image_once(server, monkeypatch):
     for _ in range(2):
         assert data.read_image(image_path(coco.imgs[1])).size == (8, 8)
     assert len(server.ranges) == asked + 1 and [path.name for path in (folder / "train2017").iterdir()] == ["1.jpg"]
-    assert data.find_source("coco").name == "data/"
+    assert find("coco").name == "data/"
     server.files.clear()
-    coco, image_path = data.load_coco("val2017", data.find_source("coco"))
+    coco, image_path = deformable.load_coco("val2017", find("coco"))
     with pytest.raises(DownloadError, match="download of .*1.jpg failed"):
         image_path(coco.imgs[1])
 
@@ -510,10 +525,66 @@ def test_coco_archive_that_arrives_damaged(server, monkeypatch):
     place = content.index(b"instances_val2017.json") + 40
     content[place] ^= 0xFF
     server.files["all.zip"] = bytes(content)
-    monkeypatch.setitem(data._URLS, "coco", server.url("all.zip"))
+    serve(monkeypatch, "coco", server.url("all.zip"))
     with pytest.raises(DataError, match="all.zip arrived damaged .* and was removed: run again"):
-        data.find_source("coco")
-    assert not list((data.DATA / "coco" / "annotations").iterdir())
+        find("coco")
+    assert not [path for path in data.DATA.rglob("*") if path.is_file()]
+
+
+def photo_archive(*names: str) -> bytes:
+    buffer, photo = io.BytesIO(), io.BytesIO()
+    Image.new("RGB", (40, 30)).save(photo, "JPEG")
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name in names:
+            archive.writestr(name, photo.getvalue())
+    return buffer.getvalue()
+
+
+def test_ade20k_download_takes_the_photos_of_both_archives(server, monkeypatch):
+    server.files = {"ADEChallengeData2016.zip": photo_archive(*(f"ADEChallengeData2016/{name}" for name in (
+        "images/training/b.jpg", "images/training/a.jpg", "images/validation/c.jpg", "annotations/training/a.png"))),
+        "release_test.zip": photo_archive("release_test/testing/d.jpg", "release_test/list.txt")}
+    serve(monkeypatch, "photos", *map(server.url, server.files))
+    found = find("photos")
+    assert (found.name, found.path) == ("download", data.DATA)
+    names = {role: [path.relative_to(data.DATA).as_posix() for path in change.list_photos(role, found)] for role in ("train", "test")}
+    assert names == {"train": [f"ADEChallengeData2016/images/{name}.jpg" for name in ("training/a", "training/b", "validation/c")],
+                     "test": ["release_test/testing/d.jpg"]}
+    assert len([path for path in data.DATA.rglob("*") if path.is_file()]) == 4, "nothing but the photos"
+    server.files.clear()
+    assert find("photos").name == "data/"
+
+
+def test_ade20k_whose_second_archive_fails_is_continued_without_the_first(server, monkeypatch, capsys):
+    server.files = {"ADEChallengeData2016.zip": photo_archive("ADEChallengeData2016/images/training/a.jpg")}
+    serve(monkeypatch, "photos", server.url("ADEChallengeData2016.zip"), server.url("release_test.zip"))
+    assert find("photos").is_standin and "release_test.zip failed" in capsys.readouterr().out
+    server.files = {"release_test.zip": photo_archive("release_test/testing/d.jpg")}
+    asked = len(server.ranges)
+    assert find("photos").name == "download" and len(server.ranges) == asked + 1
+
+
+def test_an_archive_never_unpacks_outside_its_folder(server, tmp_path):
+    server.files["evil.zip"] = photo_archive("../../outside.jpg", "/absolute.jpg")
+    data.download_zip(server.url("evil.zip"), tmp_path / "deep" / "folder", lambda name: True)
+    assert {path.relative_to(tmp_path).parts[:2] for path in tmp_path.rglob("*.jpg")} == {("deep", "folder")}
+
+
+def test_an_unpacking_that_is_interrupted_keeps_the_archive_and_nothing_half_done(server, tmp_path, monkeypatch):
+    server.files["photos.zip"] = photo_archive("a/1.jpg", "a/2.jpg")
+
+    def interrupt(bundle, name, folder, extract=zipfile.ZipFile.extract):
+        if name == "a/2.jpg":
+            raise KeyboardInterrupt
+        extract(bundle, name, folder)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(zipfile.ZipFile, "extract", interrupt)
+        data.download_zip(server.url("photos.zip"), tmp_path / "p", lambda name: True)
+    assert [path.name for path in (tmp_path / "p").iterdir()] == ["photos.zip"]
+    server.files.clear()
+    data.download_zip(server.url("photos.zip"), tmp_path / "p", lambda name: True)
+    assert sorted(path.name for path in (tmp_path / "p").rglob("*")) == ["1.jpg", "2.jpg", "a"]
 
 
 def test_coco_and_photos_standin_are_drawn_once(monkeypatch):
@@ -522,7 +593,7 @@ def test_coco_and_photos_standin_are_drawn_once(monkeypatch):
     monkeypatch.setattr(data.standin, "write_coco", lambda folder, **sizes: (calls.append(sizes), write_coco(
         folder, coco_document(), "train2017"), write_coco(folder, coco_document())))
     for split in ("train2017", "val2017", "train2017"):
-        coco, _ = data.load_coco(split)
+        coco, _ = deformable.load_coco(split)
         assert len(coco.imgs) == 1
     assert len(calls) == 1
     assert [path.name for path in (data.DATA / f"standin-{data.standin.VERSION}").iterdir()] == ["coco"]
@@ -533,15 +604,15 @@ def test_standin_where_data_cannot_be_written(monkeypatch):
     data.DATA.write_text("a file where the folder should be")
     monkeypatch.setattr(data.standin, "write_photos", lambda folder, n, side, seed: (
         folder.mkdir(parents=True), Image.new("RGB", (side, side)).save(folder / f"{seed}.jpg")))
-    photos = data.list_photos("test")
+    photos = change.list_photos("test")
     assert [path.name for path in photos] == ["1.jpg"] and data.DATA not in photos[0].parents
-    assert data.list_photos("test") == photos
+    assert change.list_photos("test") == photos
 
 
 def test_real_coco(real_data):
-    source = Source("coco", "HW3_DATA", real_data)
+    source = Source("MS COCO", "HW3_DATA", real_data)
     for split in ("train2017", "val2017"):
-        coco, image_path = data.load_coco(split, source)
+        coco, image_path = deformable.load_coco(split, source)
         info = next(iter(coco.imgs.values()))
         assert data.read_image(image_path(info)).size == (info["width"], info["height"])
 
@@ -556,29 +627,29 @@ def write_photo(path: Path, width: int = 40, height: int = 30) -> Path:
 def test_photos_layouts_and_order(tmp_path, monkeypatch):
     monkeypatch.setenv("HW3_DATA", str(tmp_path))
     train = [write_photo(tmp_path / name) for name in ("coco/train2017/b.jpg", "coco/train2017/c.png", "photos/a.JPG")]
-    assert data.find_source("photos").is_standin  # nothing to test on
+    assert find("photos", allow_download=False).is_standin  # nothing to test on
     test = [write_photo(tmp_path / "coco/val2017/a.jpg")]
-    assert data.list_photos("train") == train and data.list_photos("test") == test
+    assert change.list_photos("train") == train and change.list_photos("test") == test
     ade = [write_photo(tmp_path / f"ADEChallengeData2016/images/{name}/a.jpg") for name in ("training", "validation")]
-    assert data.list_photos("train") == train
+    assert change.list_photos("train") == train
     held_out = write_photo(tmp_path / "release_test/testing/a.jpg")
-    assert data.list_photos("train") == ade and data.list_photos("test") == [held_out]
+    assert change.list_photos("train") == ade and change.list_photos("test") == [held_out]
 
 
 def test_photos_too_small_empty_or_unreadable(tmp_path, capsys):
-    source = Source("photos", "data/", tmp_path)
+    source = Source("Photos", "data/", tmp_path)
     large = write_photo(tmp_path / "coco/val2017/a.jpg", 90, 80)
     small = write_photo(tmp_path / "coco/val2017/b.jpg", 90, 79)
-    assert data.list_photos("test", source, minimum_side=80) == [large]
+    assert change.list_photos("test", source, minimum_side=80) == [large]
     assert "left out 1 of 2 for test, below 80 pixels" in capsys.readouterr().out
     with pytest.raises(DataError, match="no test photo with a shorter side of 81 pixels or more"):
-        data.list_photos("test", source, minimum_side=81)
+        change.list_photos("test", source, minimum_side=81)
     (tmp_path / "coco/train2017").mkdir()
     with pytest.raises(DataError, match="train2017 holds no JPEG or PNG image"):
-        data.list_photos("train", source)
+        change.list_photos("train", source)
     small.write_text("no image")
     with pytest.raises(DataError, match="cannot read the image .*b.jpg"):
-        data.list_photos("test", source)
+        change.list_photos("test", source)
 
 
 def test_read_image_is_rgb_and_names_a_missing_file(tmp_path):

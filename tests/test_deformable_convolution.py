@@ -699,7 +699,7 @@ def coco_folder(folder, annotations, image=True):
     (folder / "val2017").mkdir()
     for n in (1, 2) if image else ():
         Image.new("RGB", (100, 80), (200, 100, 50)).save(folder / "val2017" / f"{n}.png")
-    return Source("coco", "HW3_DATA", folder)
+    return Source("MS COCO", "HW3_DATA", folder)
 
 
 def test_crops_are_collected_with_their_classes_and_images(tmp_path):

@@ -1,4 +1,4 @@
-"""Every number in theory/*.md against a value computed from PyTorch and src.accounting, and proof that each digit is checked."""
+"""Every number in theory/*.md against a value computed from PyTorch and the accounting, and proof that each digit is checked."""
 
 import ast
 import inspect
@@ -14,7 +14,7 @@ from latex2mathml.converter import convert
 from torch import nn
 
 from src import ROOT
-from src.accounting import output_size, summary, walk
+from theory.accounting import output_size, summary, walk
 
 THEORY = ROOT / "theory"
 sys.path.insert(0, str(THEORY))

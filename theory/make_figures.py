@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from src import ROOT, ProjectError
-from src.accounting import summary, walk
 from src.device import Runtime
 from src.results import load_results, mean, save_results
+from theory.accounting import summary, walk
 
 BLUE, ORANGE, GREEN, GREY, INK = "#0072B2", "#D55E00", "#009E73", "#B8BEC6", "#1F2430"  # Okabe & Ito 2008, and neutrals
 DEPTH, SEEDS = 20, range(8)

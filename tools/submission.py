@@ -156,14 +156,14 @@ def _git(*words: str) -> str:
 
 
 def _changed_since(commit: str) -> list[str]:
-    """The files of src/, and requirements.txt, that are not as they were at a commit; uncommitted changes count."""
-    changed = _git("diff", "--name-only", "--relative", "-z", commit, "--", "src", "requirements.txt")
+    """The files of the shared code, and requirements.txt, that are not as they were at a commit; uncommitted changes count."""
+    changed = _git("diff", "--name-only", "--relative", "-z", commit, "--", "src", "theory/accounting.py", "requirements.txt")
     new = _git("ls-files", "--others", "--exclude-standard", "-z", "--", "src/*.py")
     return sorted(set(filter(None, (changed + new).split("\0"))))
 
 
 def _code_problems(run: Run) -> Iterator[str]:
-    """A run's numbers have to be this code's: the notebook's code cells, src/ and requirements.txt as at its commit."""
+    """A run's numbers have to be this code's: the notebook's code cells and the shared code as at its commit."""
     if not run.result.is_file():
         yield f"{run.place}: its result {_relative(run.result)} is missing; run the notebook"
         return
@@ -181,8 +181,8 @@ def _code_problems(run: Run) -> Iterator[str]:
             yield f"{run.place}, cell {number}: the code is not the same {state}; run the notebook again"
 
 
-def _provenance_problems(result: Path) -> Iterator[str]:
-    """A result's commit has to be known, and src/ and requirements.txt have to be as they were at it."""
+def _provenance_problems(result: Path, earlier: bool = False) -> Iterator[str]:
+    """A result's commit has to be known, and the shared code as it was at it, but for an `earlier` run kept for comparison."""
     place, commit = _relative(result), str(load_results(result).get("commit"))
     try:
         _git("cat-file", "-e", f"{commit}^{{commit}}")
@@ -190,7 +190,7 @@ def _provenance_problems(result: Path) -> Iterator[str]:
     except ProjectError:
         yield f"{place}: its commit {commit!r} is not in the git history here; commit the code, then run what made it again"
         return
-    if changed:
+    if changed and not earlier:
         yield f"{place}: changed since its commit {commit[:7]}: {', '.join(changed)}; run what made it again"
 
 
@@ -200,13 +200,16 @@ def _is_standin_result(path: Path) -> bool:
 
 
 def _result_problems(runs: list[Run], allow_standin: bool) -> Iterator[str]:
-    """Of all results: none of the stand-in unless allowed; of those that no notebook wrote, where they come from."""
+    """Of all results: none of the stand-in unless allowed; of those that no notebook wrote, where they come from.
+
+    `reports/results/NAME_what.json` is an earlier run of the notebook NAME.
+    """
     own = {run.result for run in runs}
     for path in _results(runs):
         if not allow_standin and _is_standin_result(path):
             yield f"{_relative(path)}: a result of the smoke profile or the stand-in data; make it again on real data"
         if path not in own:
-            yield from _provenance_problems(path)
+            yield from _provenance_problems(path, earlier=any(path.stem.startswith(f"{run.name}_") for run in runs))
 
 
 def _machine_names() -> set[str]:
