@@ -50,6 +50,7 @@ class Project:
     def __init__(self, root: Path):
         self.root = root
         self.write("src/tool.py", "x = 1\n")
+        self.write("theory/accounting.py", "x = 1\n")
         self.write("tools/run.py", RUNNER)
         self.write("requirements.txt", "torch\n")
         self.write("README.md", "# Read me\n")
@@ -228,10 +229,28 @@ def test_it_refuses_results_of_another_src(project):
     project.write("src/tool.py", "x = 2\n")
     project.commit()
     project.write("src/new.py", "")
+    project.write("theory/accounting.py", "x = 2\n")
     project.write("requirements.txt", "numpy\n")
     lines = refused(project)
-    assert len(lines) == 3 and re.fullmatch(r"reports/results/one\.json: changed since its commit \w{7}: "
-                                            r"requirements\.txt, src/new\.py, src/tool\.py; run what made it again", lines[0])
+    changed = r"requirements\.txt, src/new\.py, src/tool\.py, theory/accounting\.py"
+    assert len(lines) == 3 and re.fullmatch(rf"reports/results/one\.json: changed since its commit \w{{7}}: {changed}; "
+                                            "run what made it again", lines[0])
+
+
+def test_an_earlier_run_that_is_kept_has_the_code_of_its_own_commit(project):
+    """It is named after its notebook; a result that is not, such as a benchmark's, has to be of the present code."""
+    project.result("two_before")
+    project.result("benchmark")
+    project.write("src/tool.py", "x = 2\n")
+    project.commit()
+    for name in ("one", "two", "three"):
+        project.result(name)
+    lines = refused(project)
+    assert len(lines) == 1 and re.match(r"reports/results/benchmark\.json: changed since its commit", lines[0])
+    project.result("benchmark")
+    assert "reports/results/two_before.json" in content(submission.build("Ali", "1"))
+    project.result("two_before", commit="a" * 40)
+    assert re.match(r"reports/results/two_before\.json: its commit 'a+' is not ", refused(project)[0])
 
 
 def test_it_refuses_a_notebook_that_its_commit_does_not_know(project):

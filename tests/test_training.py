@@ -123,6 +123,9 @@ def test_saved_models_load_and_stay_close(tmp_path):
     assert torch.allclose(model.eval()(X), loaded.eval()(X), atol=5e-3)
     assert loaded[0].weight.dtype == torch.float32
     assert [p.name for p in tmp_path.iterdir()] == ["model.pt"]
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert path.stat().st_mode == plain.stat().st_mode, "readable by those who may read any new file"
 
 
 def test_loading_says_what_is_wrong(tmp_path):
