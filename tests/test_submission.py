@@ -384,8 +384,8 @@ def test_the_archive_holds_everything_in_its_own_folder(project, capsys):
     assert all(e.filename.startswith("HW3-علی-رضا-12/") and e.flag_bits & 0x800 and e.compress_type == 8 for e in entries)
     assert {e.external_attr >> 16 for e in entries} == {0o100644} and len({e.date_time for e in entries}) == 1
     assert set(content(path)) == {
-        "MANIFEST", "README.md", "data/README.md", "requirements.txt", "src/tool.py", "tools/run.py", "theory/1_all.md", "theory/accounting.py",
-        "theory/SOURCES.md", "reports/theory.html", "reports/theory/theory.pdf", "reports/theory/theory-page-1.png",
+        "MANIFEST", "README.md", "data/README.md", "requirements.txt", "src/tool.py", "tools/run.py", "theory/1_all.md",
+        "theory/accounting.py", "theory/SOURCES.md", "reports/theory.html", "reports/theory/theory.pdf", "reports/theory/theory-page-1.png",
         "reports/models/two.pt",
         *(f"notebooks/{n}.ipynb" for n in ("one", "two", "three")), *(f"reports/{n}.html" for n in ("one", "two", "three")),
         *(f"reports/results/{n}.json" for n in ("one", "two", "three"))}
