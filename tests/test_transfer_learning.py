@@ -234,7 +234,7 @@ def test_each_training_learns_what_it_is_for(method, monkeypatch, tmp_path):
     monkeypatch.setattr("src.training.ROOT", tmp_path)
     network, train, val = tiny_network(), images(90), images(30, seed=1)
     before = copy.deepcopy(network.state_dict())
-    settings = config(image_sizes=(32,) * 4, hard_sizes=(32,) * 4, lr=0.02, hard_lr=0.02, batch_size=12)
+    settings = config(image_sizes=(32,) * 4, triplet_sizes=(32,) * 4, hard_sizes=(32,) * 4, lr=0.02, hard_lr=0.02, batch_size=12)
     history = getattr(nb, method)(network, train, val, settings, CPU)
     changed = {name.split(".")[0] for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
     alone = method in ("train_triplet", "train_batch_hard")
