@@ -83,6 +83,16 @@ def test_triplet_gradient_is_the_librarys_and_finite_at_zero_distance():
     assert torch.isfinite(same.grad).all()
 
 
+def test_each_triplet_is_used_both_ways():
+    features = torch.randn(12, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    a, p, n = (F.normalize(x.float(), dim=1) for x in (features[:4], features[4:8], features[8:]))
+    both = nb.triplet_loss(*nb.both_ways(features), 0.7)
+    one, other = nb.triplet_loss(a, p, n, 0.7), nb.triplet_loss(p, a, n, 0.7)
+    assert one[0] != other[0]
+    for k in (0, 1):
+        assert both[k].item() == pytest.approx(((one[k] + other[k]) / 2).item(), abs=1e-6)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_batch_hard_is_the_naive_search(seed):
     generator = torch.Generator().manual_seed(seed)
@@ -234,7 +244,7 @@ def test_each_training_learns_what_it_is_for(method, monkeypatch, tmp_path):
     monkeypatch.setattr("src.training.ROOT", tmp_path)
     network, train, val = tiny_network(), images(90), images(30, seed=1)
     before = copy.deepcopy(network.state_dict())
-    settings = config(image_sizes=(32,) * 4, triplet_sizes=(32,) * 4, hard_sizes=(32,) * 4, lr=0.02, hard_lr=0.02, batch_size=12)
+    settings = config(image_sizes=(32,) * 4, hard_sizes=(32,) * 4, lr=0.02, hard_lr=0.02, batch_size=12)
     history = getattr(nb, method)(network, train, val, settings, CPU)
     changed = {name.split(".")[0] for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
     alone = method in ("train_triplet", "train_batch_hard")
