@@ -85,6 +85,39 @@ def test_an_unchanged_pair_is_twice_the_same_image(nb, canvases):
     assert torch.equal(first, second) and not changes.any()
 
 
+def test_fresh_pairs_differ_in_every_pass_and_come_from_the_global_seed(nb, canvases):
+    loader = nb.FreshPairs(canvases, steps=3, batch_size=8, side=32).loader()
+    assert len(loader) == 3
+    passes = []
+    for seed in (0, None, 0):
+        if seed is not None:
+            device.seed_everything(seed)
+        passes.append(list(loader))
+    for first, second, labels, changes in passes[0]:
+        assert first.shape == second.shape == (8, 3, 32, 32) and changes.shape == (8, 4)
+        assert torch.equal((nb.strengths(changes) > 0).float(), labels)
+    firsts = [torch.cat([batch[0] for batch in batches]) for batches in passes]
+    assert torch.equal(firsts[0], firsts[2]) and not torch.equal(firsts[0], firsts[1])
+    assert len(firsts[0].flatten(1).unique(dim=0)) == 24, "no pair comes twice"
+    loader.dataset.out = 16
+    assert next(iter(loader))[0].shape == (8, 3, 16, 16)
+
+
+def test_fixed_pairs_stay_as_they_were_drawn(nb, canvases):
+    pairs = nb.FixedPairs(canvases, 24, nb.STANDARD, 32, seed=5)
+    torch.rand(7)  # whatever happens to the global generator in between
+    again = nb.FixedPairs(canvases, 24, nb.STANDARD, 32, seed=5)
+    other = nb.FixedPairs(canvases, 24, nb.STANDARD, 32, seed=6)
+    assert torch.equal(pairs.first, again.first) and not torch.equal(pairs.first, other.first)
+    for _ in range(2):  # every pass gives the same, in order
+        batches = list(pairs.loader(batch_size=10))
+        assert [len(batch[0]) for batch in batches] == [10, 10, 4]
+        for k, whole in enumerate((pairs.first, pairs.second, pairs.labels, pairs.changes)):
+            assert torch.equal(torch.cat([batch[k] for batch in batches]), whole)
+    assert torch.equal(pairs[3][1], pairs.second[3]) and len(pairs) == 24
+    assert torch.bincount((pairs.labels @ torch.tensor([1.0, 2, 4])).long()).tolist() == [3] * 8
+
+
 # --- the network
 
 
