@@ -235,7 +235,7 @@ def test_committed_transfer_learning_shows_its_numbers_and_none_is_a_failed_trai
     check_numbers(notebook, stored)
     assert stored["seconds"] <= 1800
     for method in METHODS:
-        assert stored["metrics"][f"{method}.test_accuracy"]["value"] >= 0.99
+        assert stored["metrics"][f"{method}.test_accuracy"]["value"] >= 0.992
 
 
 def test_committed_change_detection_shows_its_numbers_and_meets_its_bars():
