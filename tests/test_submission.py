@@ -478,8 +478,11 @@ def test_compare():
         ("seeds", "0.96", "0.96", "within 0.82 to 0.95"), ("whole run", "60", "30", "time, not judged"),
         ("extra", "-", "1", "new")]
     stored["metrics"]["parameters"]["value"] += 1e-6
+    stored["metrics"]["gone"]["value"], again["metrics"]["gone"] = 0.0, {"value": 1.0}
     again["metrics"]["accuracy"]["value"] = 0.82
-    assert [row[3] for row in submission.compare(stored, again)][:2] == ["within 0.82 to 0.95", "DIFFERS"]
+    verdicts = {name: verdict for name, _, _, verdict in submission.compare(stored, again)}
+    assert (verdicts["accuracy"], verdicts["gone"]) == ("within 0.82 to 0.95", "DIFFERS")
+    assert verdicts["parameters"] == "DIFFERS by 8.3e-06 %"
 
 
 def test_rerun(project, monkeypatch, capfd):
@@ -491,7 +494,8 @@ def test_rerun(project, monkeypatch, capfd):
     out = capfd.readouterr().out
     assert [line for line in out.splitlines() if line in ("one", "two", "three")] == ["one", "three", "two"]
     assert re.search(r"^accuracy +0\.9 +0\.91 +within 0\.82 to 0\.95$", out, re.M)
-    assert re.search(r"^parameters +12 +13 +DIFFERS$", out, re.M) and re.search(r"^whole run +5 +7 +time, not judged$", out, re.M)
+    assert re.search(r"^parameters +12 +13 +DIFFERS by 8\.3 %$", out, re.M)
+    assert re.search(r"^whole run +5 +7 +time, not judged$", out, re.M)
     assert "1 of 2 judged metrics agree.\nAnother profile: gpu, stored cpu; " in out
     assert f"Another data_source: {(project.root / 'pictures').resolve()}, stored HW3_DATA; " in out
 

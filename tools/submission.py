@@ -584,7 +584,7 @@ def compare(stored: dict, again: dict) -> list[tuple[str, str, str, str]]:
 
     Returns:
         Rows (metric, stored, rerun, verdict). The verdict is whether the new value lies within the stored 95 % interval, or,
-        where there is none, is equal; times are not judged.
+        where there is none, is equal, else by how much of the stored value it differs; times are not judged.
     """
     whole_run = {"whole run": {"value": stored["seconds"], "ci95": None, "unit": "seconds"}}
     first, second = stored["metrics"] | whole_run, again["metrics"] | {"whole run": {"value": again["seconds"]}}
@@ -600,7 +600,8 @@ def compare(stored: dict, again: dict) -> list[tuple[str, str, str, str]]:
             low, high = a["ci95"]
             verdict = f"{'within' if equal or low <= b['value'] <= high else 'OUTSIDE'} {low:.6g} to {high:.6g}"
         else:
-            verdict = "equal" if equal else "DIFFERS"
+            gap = f" by {100 * abs(b['value'] / a['value'] - 1):.2g} %" if a["value"] else ""
+            verdict = "equal" if equal else f"DIFFERS{gap}"
         rows.append((name, *("-" if metric is None else f"{metric['value']:.6g}" for metric in (a, b)), verdict))
     return rows
 
