@@ -15,7 +15,7 @@ from tqdm import tqdm
 from src import ROOT, ProjectError
 from src.notebooks import FOLDER, names, read
 from src.plotting import STANDIN_MARK
-from src.results import reports_folder
+from src.results import commit, reports_folder
 from tools.html import notebook_to_html, theory_to_html
 
 
@@ -62,10 +62,11 @@ def run(name: str, folder: Path = FOLDER) -> nbformat.NotebookNode:
             client.execute()
         except (CellExecutionError, DeadKernelError) as error:
             print(f"\n{error}", file=sys.stderr)
-            failed = [i for i, cell in enumerate(notebook.cells) if any(o.output_type == "error" for o in cell.get("outputs", []))]
+            failed = [i for i, cell in enumerate(notebook.cells)
+                      if any(output.output_type == "error" for output in cell.get("outputs", []))]
             where = f"cell {failed[0]}" if failed else "the kernel"
             what = f"{error.ename}: {error.evalue}" if isinstance(error, CellExecutionError) else "it died (out of memory?)"
-            raise ProjectError(f"{name}, {where} failed: {what} Nothing was written.") from None
+            raise ProjectError(f"{name}, {where} failed: {what} Nothing of it was written.") from None
     return notebook
 
 
@@ -83,20 +84,31 @@ def _write(notebook: nbformat.NotebookNode, path: Path) -> None:
     os.replace(temporary, path)
 
 
+def _store(name: str, notebook: nbformat.NotebookNode) -> None:
+    """Writes an executed notebook and its page; a run on real data goes into the notebook itself, the stand-in's elsewhere."""
+    standin = is_standin(notebook)
+    target = reports_folder(True) / f"{name}.ipynb" if standin else FOLDER / f"{name}.ipynb"
+    page = reports_folder(standin) / f"{name}.html"
+    _write(notebook, target)
+    notebook_to_html(target, page)
+    print(f"{name}: wrote {page.relative_to(ROOT)}, outputs are in {target.relative_to(ROOT)}")
+
+
 def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.run", description="Runs notebooks and writes their HTML.")
     parser.add_argument("name", nargs="*", help="the notebooks to run (default: all)")
     chosen = parser.parse_args(arguments).name or names()
+    if commit().endswith("+changes"):
+        print("There are changes since the last commit, and results of real data will say so. What `make submission` is to "
+              "accept has to be committed first, then run.", flush=True)
+    executed = {}
     try:
-        for name in chosen:
-            notebook = run(name)
-            # On real data the outputs go into the notebook itself; a stand-in run leaves it as it was.
-            standin = is_standin(notebook)
-            target = reports_folder(True) / f"{name}.ipynb" if standin else FOLDER / f"{name}.ipynb"
-            page = reports_folder(standin) / f"{name}.html"
-            _write(notebook, target)
-            notebook_to_html(target, page)
-            print(f"{name}: wrote {page.relative_to(ROOT)}, outputs are in {target.relative_to(ROOT)}")
+        try:
+            for name in chosen:
+                executed[name] = run(name)
+        finally:  # only now: outputs of one notebook are uncommitted changes to the results of the next
+            for name, notebook in executed.items():
+                _store(name, notebook)
         theory_to_html(ROOT / "reports" / "theory.html")
         print("theory: wrote reports/theory.html")
     except ProjectError as error:
