@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy import stats
 
 from src import ProjectError, data, device
 from src.notebooks import definitions
@@ -229,6 +230,14 @@ def test_identical_images_of_any_kind_have_no_change(detector, mode):
     if mode != "1":
         assert all(answer[change] < 0.5 for change in ("displacement", "rotation", "scaling")), answer
     assert all(math.isfinite(value) for value in answer.values())
+
+
+def test_the_interval_of_a_median_covers_95_percent_and_no_more(nb):
+    metric = nb.median(torch.randperm(100, generator=torch.Generator().manual_seed(0)) + 1, "pixels")  # the values are the ranks
+    low, high = metric["ci95"]
+    below = stats.binom(100, 0.5)  # how many of 100 values lie below the true median
+    assert metric["value"] == 50.5 and metric["n"] == 100 and metric["unit"] == "pixels"
+    assert below.cdf(high - 1) - below.cdf(low - 1) >= 0.95 > below.cdf(high - 2) - below.cdf(low)
 
 
 @pytest.mark.parametrize("a, b, message", [

@@ -147,6 +147,38 @@ def test_a_failing_cell_is_named(project, tmp_path, capsys):
     assert "1 / 0" in capsys.readouterr().err
 
 
+def test_outputs_of_one_notebook_are_no_changes_to_the_next(project, tmp_path):
+    for part in ("src", "tools"):
+        shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
+    for name, source in {"a": "", "b": "", "c": "1 / 0\n"}.items():
+        project(name, [source + "import sys; sys.path.insert(0, '..')\nfrom src.results import commit\nprint(commit())"])
+    (tmp_path / "notebooks").mkdir()
+    for path in tmp_path.glob("*.ipynb"):
+        path.rename(tmp_path / "notebooks" / path.name)
+
+    def git(*words):
+        words = ("git", "-c", "user.name=A", "-c", "user.email=a@b.c", *words)
+        return subprocess.run(words, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
+
+    def run_all():
+        return subprocess.run([sys.executable, "-m", "tools.run"], cwd=tmp_path, capture_output=True, text=True)
+
+    def printed():
+        return [outputs(nbformat.read(tmp_path / "notebooks" / f"{name}.ipynb", as_version=4)) for name in "abc"]
+
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "Toys")
+    done = run_all()
+    assert done.returncode == 1 and "Error: c, cell 0 failed" in done.stderr
+    assert "changes since the last commit" not in done.stdout
+    head = git("rev-parse", "HEAD") + "\n"
+    a, b, c = printed()
+    assert [o.text for o in a] == [o.text for o in b] == [head] and not c, "what ran before the failing one is kept"
+    assert "changes since the last commit" in run_all().stdout, "told before the run, not after it"
+    assert [o.text for o in printed()[0]] == [head.strip() + "+changes\n"]
+
+
 def test_progress_bars_are_shown_but_not_stored(project, tmp_path, capsys):
     bar = "from tqdm import tqdm\nfor _ in tqdm(range(3), desc='toy: epoch 1 of 1', leave=False): pass\nprint('done')"
     project("bar", [bar])
@@ -251,6 +283,16 @@ def test_committed_change_detection_shows_its_numbers_and_meets_its_bars():
     for prefix in ("test", "test.network", "test.classical", "subtle", "subtle.network", "subtle.classical"):
         value = {key: metrics[f"{prefix}.{key}"]["value"] for key in ("per_label_accuracy", "exact_match", "false_alarm_rate")}
         assert "| " + " | ".join(f"{number:.2%}" for number in value.values()) + " |" in text, prefix
+    kept = load_results(ROOT / "reports" / "results" / "detect_change_other_machine.json")
+    assert kept["config"] == stored["config"] and kept["seeds"] == stored["seeds"], "shown side by side, they must be comparable"
+    for i in range(5):
+        here, there = ([run["metrics"][f"ablation_{i}.{key}"]["value"] for key in ("val_estimate_loss", "val_accuracy")]
+                       for run in (stored, kept))
+        assert f"| {here[0]:.4f} | {here[1]:.2%} | " in text and f" min | {there[0]:.4f} | {100 * there[1]:.2f} % |" in text
+    for prefix in ("test", "subtle"):
+        for key in ("displacement_error_px", "rotation_error_deg", "scale_error_pct", "network_loss"):
+            low, high = metrics[f"{prefix}.{key}"]["ci95"]
+            assert low < metrics[f"{prefix}.{key}"]["value"] < high, key
     assert stored["seconds"] <= 2400
     assert metrics["test.exact_match"]["n"] >= 2000 and metrics["subtle.exact_match"]["n"] >= 2000
     assert metrics["test.per_label_accuracy"]["value"] >= 0.992 and metrics["test.exact_match"]["value"] >= 0.975
