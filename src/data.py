@@ -29,7 +29,15 @@ from tqdm import tqdm
 from src import ROOT, ProjectError, standin
 
 DATA = ROOT / "data"  # downloads and the stand-in's files go here
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
+_DISK_ERRORS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EEXIST,
+}
 _NETWORK_ERRORS = (OSError, http.client.HTTPException, futures.TimeoutError)
 _TIMEOUT = 20  # seconds without a byte before a download counts as broken
 
@@ -49,7 +57,9 @@ class DataSet:
     title: str  # such as "CIFAR-10"
     is_in: Callable[[Path], bool]  # whether a folder holds it
     urls: tuple[str, ...]  # its files at the official source
-    fetch: Callable[[str, Path], None]  # stores what lies at one of the `urls` in a folder; see `download`, `download_zip`
+    fetch: Callable[
+        [str, Path], None
+    ]  # stores what lies at one of the `urls` in a folder; see `download`, `download_zip`
 
 
 @dataclass(frozen=True)
@@ -58,7 +68,9 @@ class Source:
 
     title: str  # of the data set
     name: str
-    path: Path | None = field(default=None, repr=False)  # folder that holds the data set; None for the stand-in
+    path: Path | None = field(
+        default=None, repr=False
+    )  # folder that holds the data set; None for the stand-in
     counts: str = ""  # such as "10000 train, 2000 test", once loaded
 
     @property
@@ -67,7 +79,11 @@ class Source:
 
     def describe(self) -> str:
         """One line for banners that names no folder of the machine."""
-        origin = "STAND-IN images drawn by this project's own code" if self.is_standin else f"real images from {self.name}"
+        origin = (
+            "STAND-IN images drawn by this project's own code"
+            if self.is_standin
+            else f"real images from {self.name}"
+        )
         counts = f" ({self.counts})" if self.counts else ""
         warning = "; results say nothing about the real data" if self.is_standin else ""
         return f"{self.title}: {origin}{counts}{warning}"
@@ -93,7 +109,9 @@ def find_source(dataset: DataSet, allow_download: bool = True) -> Source:
                 return Source(title, name, folder)
             notes.append(f"{name} holds none" if folder else "HW3_DATA is not set")
         if not allow_download or profile == "demo":
-            notes.append("nothing is downloaded for it" + " in the demo profile" * (profile == "demo"))
+            notes.append(
+                "nothing is downloaded for it" + " in the demo profile" * (profile == "demo")
+            )
             return Source(title, "stand-in")
         try:
             _check_reachable(dataset.urls[0])
@@ -117,7 +135,9 @@ def _user_folder() -> Path | None:
         if folder.is_dir():
             return folder.resolve()
     if folders:
-        raise DataError(f"HW3_DATA={value} is not a folder: correct it, or unset it to use data/ or a download")
+        raise DataError(
+            f"HW3_DATA={value} is not a folder: correct it, or unset it to use data/ or a download"
+        )
     return None
 
 
@@ -133,8 +153,10 @@ def storing(target: Path, *unfinished: Path) -> Iterator[None]:
         for path in unfinished:
             with contextlib.suppress(OSError):
                 path.unlink()
-        raise DataError(f"cannot write {target} ({error.strerror}): free space or make the folder writable, point "
-                        "HW3_DATA at data elsewhere, or set HW3_PROFILE=demo to go on without a download") from error
+        raise DataError(
+            f"cannot write {target} ({error.strerror}): free space or make the folder writable, point "
+            "HW3_DATA at data elsewhere, or set HW3_PROFILE=demo to go on without a download"
+        ) from error
 
 
 def download(url: str, target: Path, md5: str | None = None, attempts: int = 3) -> None:
@@ -155,12 +177,18 @@ def download(url: str, target: Path, md5: str | None = None, attempts: int = 3) 
                 if getattr(error, "errno", None) in _DISK_ERRORS:
                     raise
                 if attempt == attempts:
-                    kept = "; the part that arrived is kept, run again to go on" if part.exists() else ""
+                    kept = (
+                        "; the part that arrived is kept, run again to go on"
+                        if part.exists()
+                        else ""
+                    )
                     raise DownloadError(f"download of {url} failed ({error}){kept}") from error
         if md5 and not check_integrity(part, md5):
             part.unlink()
-            raise DataError(f"{url} arrived with a wrong checksum (MD5 is not {md5}) and was removed: run again, or set "
-                            "HW3_PROFILE=demo to go on without a download")
+            raise DataError(
+                f"{url} arrived with a wrong checksum (MD5 is not {md5}) and was removed: run again, or set "
+                "HW3_PROFILE=demo to go on without a download"
+            )
         os.replace(part, target)
 
 
@@ -179,13 +207,24 @@ def _fetch_rest(url: str, part: Path) -> None:
         missing = int(response.headers.get("Content-Length") or 0)
         if missing > shutil.disk_usage(part.parent).free:
             raise OSError(errno.ENOSPC, f"{missing / 1e6:.0f} MB more are needed")
-        with open(part, "ab" if have else "wb") as file, tqdm(
-                total=have + missing, initial=have, unit="B", unit_scale=True, desc=part.stem, disable=missing < 5e6) as bar:
+        with (
+            open(part, "ab" if have else "wb") as file,
+            tqdm(
+                total=have + missing,
+                initial=have,
+                unit="B",
+                unit_scale=True,
+                desc=part.stem,
+                disable=missing < 5e6,
+            ) as bar,
+        ):
             while chunk := response.read(1 << 18):
                 file.write(chunk)
                 bar.update(len(chunk))
     if part.stat().st_size < have + missing:
-        raise ConnectionError(f"connection lost after {part.stat().st_size} of {have + missing} bytes")
+        raise ConnectionError(
+            f"connection lost after {part.stat().st_size} of {have + missing} bytes"
+        )
 
 
 def _check_reachable(url: str, seconds: float = 5) -> None:
@@ -193,7 +232,9 @@ def _check_reachable(url: str, seconds: float = 5) -> None:
     pool = futures.ThreadPoolExecutor(1)
     request = urllib.request.Request(url, method="HEAD")
     try:
-        pool.submit(lambda: urllib.request.urlopen(request, timeout=seconds).close()).result(seconds)
+        pool.submit(lambda: urllib.request.urlopen(request, timeout=seconds).close()).result(
+            seconds
+        )
     except _NETWORK_ERRORS as error:
         raise DownloadError(f"{url} cannot be reached ({str(error) or 'no answer'})") from error
     finally:
@@ -217,7 +258,9 @@ def download_zip(url: str, folder: Path, wanted: Callable[[str], bool]) -> None:
             if not names:
                 raise zipfile.BadZipFile("none of the files is in it")
             for name in tqdm(names, desc=f"unpacking {archive.name}", disable=len(names) < 100):
-                bundle.extract(name, unpacked)  # never outside of the folder; reading to the end checks the CRC
+                bundle.extract(
+                    name, unpacked
+                )  # never outside of the folder; reading to the end checks the CRC
             for path in [path for path in unpacked.rglob("*") if path.is_file()]:
                 target = folder / path.relative_to(unpacked)
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -249,11 +292,16 @@ def read_image(path: Path) -> Image.Image:
 
 def image_files(folder: Path) -> list[Path]:
     """The JPEG and PNG files of a folder in sorted order; DataError if there is none."""
-    files = sorted(path for path in (folder.iterdir() if folder.is_dir() else ())
-                   if path.suffix.lower() in (".jpg", ".jpeg", ".png") and not path.name.startswith("."))
+    files = sorted(
+        path
+        for path in (folder.iterdir() if folder.is_dir() else ())
+        if path.suffix.lower() in (".jpg", ".jpeg", ".png") and not path.name.startswith(".")
+    )
     if not files:
         problem = "holds no JPEG or PNG image" if folder.is_dir() else "is missing"
-        raise DataError(f"the folder {folder} {problem}: fill it as data/README.md shows, or use another source")
+        raise DataError(
+            f"the folder {folder} {problem}: fill it as data/README.md shows, or use another source"
+        )
     return files
 
 
@@ -284,7 +332,9 @@ def _drawn(kind: str, draw: Callable[[Path], None], target: Path) -> Path:
 
 
 # --- splits ---------------------------------------------------------------------------------------------------------
-def train_val_split(labels: Sequence[int], val_fraction: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def train_val_split(
+    labels: Sequence[int], val_fraction: float, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Split sample indices into training and validation, each class in the same proportion.
 
     Returns:
@@ -294,21 +344,33 @@ def train_val_split(labels: Sequence[int], val_fraction: float, seed: int) -> tu
         DataError: `val_fraction` outside (0, 1), or a class too small to be in both parts.
     """
     labels, rng = np.asarray(labels), np.random.default_rng(seed)
-    chosen = [_draw_validation(np.flatnonzero(labels == label), val_fraction, rng) for label in np.unique(labels)]
+    chosen = [
+        _draw_validation(np.flatnonzero(labels == label), val_fraction, rng)
+        for label in np.unique(labels)
+    ]
     return _two_parts(np.isin(np.arange(len(labels)), np.concatenate(chosen)))
 
 
-def split_groups(groups: Sequence[Hashable], val_fraction: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def split_groups(
+    groups: Sequence[Hashable], val_fraction: float, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """As `train_val_split`, but all samples of one group (a photo, an image id) fall on the same side."""
     names, group = np.unique(np.asarray(groups), return_inverse=True)
-    return _two_parts(np.isin(group, _draw_validation(np.arange(len(names)), val_fraction, np.random.default_rng(seed))))
+    return _two_parts(
+        np.isin(
+            group,
+            _draw_validation(np.arange(len(names)), val_fraction, np.random.default_rng(seed)),
+        )
+    )
 
 
 def _draw_validation(items: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:
     n_val = max(1, round(fraction * len(items)))
     if not 0 < fraction < 1 or n_val >= len(items):
-        raise DataError(f"cannot set a validation share of {fraction} aside from {len(items)} items: choose a share "
-                        "between 0 and 1, or load more data")
+        raise DataError(
+            f"cannot set a validation share of {fraction} aside from {len(items)} items: choose a share "
+            "between 0 and 1, or load more data"
+        )
     return rng.permutation(items)[:n_val]
 
 

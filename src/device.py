@@ -18,7 +18,9 @@ class Runtime:
 
     device: torch.device
     autocast: bool  # bfloat16 autocast of forward and loss; the gpu profile's
-    memory_format: torch.memory_format = torch.channels_last  # faster for convolutions on CPU and GPU alike
+    memory_format: torch.memory_format = (
+        torch.channels_last
+    )  # faster for convolutions on CPU and GPU alike
 
     def precision(self):
         """The context in which forward passes and losses are computed."""
@@ -43,7 +45,9 @@ def start(profile: str) -> Runtime:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.deterministic = True  # same seed, same machine: same numbers
     torch.backends.cudnn.benchmark = False
-    torch.set_flush_denormal(True)  # denormal gradients slow a CPU down and change no result worth keeping
+    torch.set_flush_denormal(
+        True
+    )  # denormal gradients slow a CPU down and change no result worth keeping
     _keep_freed_memory()
     return Runtime(device, autocast=profile == "gpu")
 
@@ -53,7 +57,9 @@ def _keep_freed_memory() -> None:
     with contextlib.suppress(AttributeError, OSError, TypeError):  # only glibc has mallopt
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: blocks below 1 GiB come from the heap
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap is not given back while the process runs
+        mallopt(
+            -1, 2**31 - 1
+        )  # M_TRIM_THRESHOLD: the heap is not given back while the process runs
 
 
 def seed_everything(seed: int) -> None:
@@ -70,7 +76,10 @@ def machine(device: torch.device) -> str:
     name = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
+            name = next(
+                (line.split(":")[1].strip() for line in lines if line.startswith("model name")),
+                name,
+            )
     return f"{name}, {torch.get_num_threads()} threads"
 
 

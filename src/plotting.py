@@ -57,11 +57,25 @@ def show(fig, alt: str) -> None:
     if not alt.strip():
         raise ProjectError("A figure needs alt text that says what it shows.")
     for ax in fig.axes:
-        if ax.axison and not ax.get_label().startswith("<colorbar>") and not (ax.get_xlabel() and ax.get_ylabel()):
+        if (
+            ax.axison
+            and not ax.get_label().startswith("<colorbar>")
+            and not (ax.get_xlabel() and ax.get_ylabel())
+        ):
             raise ProjectError(f"The axis {ax.get_title()!r} needs labels on x and y.")
     if _standin:
         alt = f"{STANDIN_MARK}. {alt}"
-        fig.text(0.5, 0.5, "STAND-IN DATA", fontsize=28, color="#D55E00", alpha=0.25, rotation=20, ha="center", va="center")
+        fig.text(
+            0.5,
+            0.5,
+            "STAND-IN DATA",
+            fontsize=28,
+            color="#D55E00",
+            alpha=0.25,
+            rotation=20,
+            ha="center",
+            va="center",
+        )
     buffer = io.BytesIO()
     fig.savefig(buffer, format="png", dpi=110, facecolor="white", metadata={"Software": None})
     plt.close(fig)
@@ -95,7 +109,14 @@ def confusion(ax, matrix, classes, title: str):
     matrix = np.asarray(matrix)
     ax.imshow(matrix / matrix.sum(axis=1, keepdims=True), cmap="Blues", vmin=0, vmax=1)
     for (row, column), count in np.ndenumerate(matrix):
-        ax.text(column, row, f"{count}", ha="center", va="center", color="white" if row == column else "black")
+        ax.text(
+            column,
+            row,
+            f"{count}",
+            ha="center",
+            va="center",
+            color="white" if row == column else "black",
+        )
     ticks = range(len(classes))
     ax.set(title=title, xlabel="predicted class", ylabel="true class", xticks=ticks, yticks=ticks)
     ax.set_xticklabels(classes)

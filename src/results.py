@@ -23,7 +23,12 @@ PACKAGES = ("torch", "torchvision", "numpy", "scipy", "pycocotools")
 def proportion(successes: int, n: int, unit: str = "fraction") -> dict:
     """A metric from a count: value, n and the Wilson 95 % interval (Wilson 1927; good near 0 and 1)."""
     interval = stats.binomtest(int(successes), int(n)).proportion_ci(0.95, method="wilson")
-    return {"value": successes / n, "n": int(n), "ci95": [float(interval.low), float(interval.high)], "unit": unit}
+    return {
+        "value": successes / n,
+        "n": int(n),
+        "ci95": [float(interval.low), float(interval.high)],
+        "unit": unit,
+    }
 
 
 def mean(values, unit: str) -> dict:
@@ -32,7 +37,12 @@ def mean(values, unit: str) -> dict:
     if len(values) < 2:
         return {"value": float(values.mean()), "n": len(values), "ci95": None, "unit": unit}
     half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
-    return {"value": float(values.mean()), "n": len(values), "ci95": [values.mean() - half, values.mean() + half], "unit": unit}
+    return {
+        "value": float(values.mean()),
+        "n": len(values),
+        "ci95": [values.mean() - half, values.mean() + half],
+        "unit": unit,
+    }
 
 
 def single(value: float, unit: str) -> dict:
@@ -63,16 +73,22 @@ def commit() -> str:
     """The commit of this code, with `+changes` behind it where code differs from it."""
 
     def git(*words):
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", *words], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
-        changes = git("status", "--porcelain", "--", "src", "notebooks", "theory", "requirements.txt")
+        changes = git(
+            "status", "--porcelain", "--", "src", "notebooks", "theory", "requirements.txt"
+        )
         return git("rev-parse", "HEAD") + ("+changes" if changes else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
 
-def save_results(name, metrics, *, profile, source, runtime, seeds, seconds, config=None, curves=None) -> Path:
+def save_results(
+    name, metrics, *, profile, source, runtime, seeds, seconds, config=None, curves=None
+) -> Path:
     """Writes `reports/results/<name>.json` in one step: the metrics with their provenance.
 
     Args:
@@ -91,7 +107,9 @@ def save_results(name, metrics, *, profile, source, runtime, seeds, seconds, con
     """
     for key, metric in metrics.items():
         if set(metric) != {"value", "n", "ci95", "unit"} or not math.isfinite(metric["value"]):
-            raise ProjectError(f"Metric {key!r} of {name} needs value (finite), n, ci95 and unit: {metric}.")
+            raise ProjectError(
+                f"Metric {key!r} of {name} needs value (finite), n, ci95 and unit: {metric}."
+            )
     standin = bool(source and source.is_standin)
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
@@ -131,9 +149,13 @@ def load_results(path: Path) -> dict:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ProjectError(f"There is no results file {Path(path).name}: run the notebook that writes it.") from None
+        raise ProjectError(
+            f"There is no results file {Path(path).name}: run the notebook that writes it."
+        ) from None
     except ValueError as error:
-        raise ProjectError(f"{Path(path).name} is broken ({error}): run the notebook again.") from None
+        raise ProjectError(
+            f"{Path(path).name} is broken ({error}): run the notebook again."
+        ) from None
 
 
 def percent(metric: dict, digits: int = 2, interval: bool = True) -> str:
@@ -160,7 +182,9 @@ def render(text: str, results: dict) -> str:
         name, _, form = match.group(1).partition(":")
         entry = results["metrics"].get(name, results.get(name))
         if entry is None:
-            raise ProjectError(f"The text names {name!r}, which is not in the results: correct the name.")
+            raise ProjectError(
+                f"The text names {name!r}, which is not in the results: correct the name."
+            )
         if form == "minutes":
             return f"{(entry['value'] if isinstance(entry, dict) else entry) / 60:.1f} minutes"
         if not isinstance(entry, dict):

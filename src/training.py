@@ -23,7 +23,9 @@ class Means:
     def add(self, values: dict, n: int) -> None:
         """Adds the means of one batch of n samples; values are floats or zero-dimensional tensors."""
         for name, value in values.items():
-            self.sums[name] = self.sums[name] + (value.detach() if torch.is_tensor(value) else value) * n
+            self.sums[name] = (
+                self.sums[name] + (value.detach() if torch.is_tensor(value) else value) * n
+            )
         self.count += n
 
     def result(self) -> dict[str, float]:
@@ -88,11 +90,20 @@ def fit(
         ProjectError: if the loss stops being finite, or a batch iterable is empty.
     """
     folder = checkpoint_dir or ROOT / "data" / "checkpoints"
-    identity = [name, seed, epochs, asdict(config) if config else None, str(runtime.device), torch.__version__]
+    identity = [
+        name,
+        seed,
+        epochs,
+        asdict(config) if config else None,
+        str(runtime.device),
+        torch.__version__,
+    ]
     identity += [(key, list(value.shape)) for key, value in model.state_dict().items()]
     digest = hashlib.sha256(json.dumps(identity, default=str).encode()).hexdigest()[:12]
     checkpoint = folder / f"{name}-{digest}.pt"
-    stateful = {"model": model, "optimiser": optimiser} | ({"lr_schedule": lr_schedule} if lr_schedule else {})
+    stateful = {"model": model, "optimiser": optimiser} | (
+        {"lr_schedule": lr_schedule} if lr_schedule else {}
+    )
 
     history, best = [], None
     saved = _read_checkpoint(checkpoint)
@@ -106,7 +117,12 @@ def fit(
         seed_everything(seed * 10_000 + epoch)
         model.train()
         means, watch = Means(), Stopwatch(runtime)
-        bar = tqdm(batches(epoch), desc=f"{name}: epoch {epoch + 1} of {epochs}", leave=False, mininterval=0.5)
+        bar = tqdm(
+            batches(epoch),
+            desc=f"{name}: epoch {epoch + 1} of {epochs}",
+            leave=False,
+            mininterval=0.5,
+        )
         for batch in bar:
             with runtime.precision():
                 loss, metrics, n = step(batch, epoch)
@@ -118,7 +134,9 @@ def fit(
             means.add({"loss": loss, **metrics}, n)
         row = {f"train_{key}": value for key, value in means.result().items()}
         if not all(abs(value) < float("inf") for value in row.values()):
-            raise ProjectError(f"{name}: the loss is not finite in epoch {epoch + 1}; lower the learning rate.")
+            raise ProjectError(
+                f"{name}: the loss is not finite in epoch {epoch + 1}; lower the learning rate."
+            )
         model.eval()
         with torch.inference_mode():
             row |= {f"val_{key}": value for key, value in validate().items()}
@@ -127,7 +145,14 @@ def fit(
         if best is None or row[monitor] < history[best["epoch"]][monitor]:
             weights = {key: value.detach().clone() for key, value in model.state_dict().items()}
             best = {"epoch": epoch, "weights": weights}
-        _save({**{k: part.state_dict() for k, part in stateful.items()}, "history": history, "best": best}, checkpoint)
+        _save(
+            {
+                **{k: part.state_dict() for k, part in stateful.items()},
+                "history": history,
+                "best": best,
+            },
+            checkpoint,
+        )
 
     model.load_state_dict(best["weights"])
     model.eval()
@@ -140,8 +165,12 @@ def _read_checkpoint(path: Path) -> dict | None:
         return None
     try:
         return torch.load(path, weights_only=True)
-    except Exception as error:  # torch.load raises many kinds; a broken checkpoint must not stop a training
-        print(f"The checkpoint {path.name} cannot be read ({type(error).__name__}): the training starts afresh.")
+    except (
+        Exception
+    ) as error:  # torch.load raises many kinds; a broken checkpoint must not stop a training
+        print(
+            f"The checkpoint {path.name} cannot be read ({type(error).__name__}): the training starts afresh."
+        )
         return None
 
 
@@ -157,13 +186,17 @@ def _save(content, path: Path) -> None:
             temporary.unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:
         raise ProjectError(
-            f"{path.name} cannot be saved in {path.parent.name}/ ({error}): free space or rights are missing.") from error
+            f"{path.name} cannot be saved in {path.parent.name}/ ({error}): free space or rights are missing."
+        ) from error
 
 
 def save_model(model: torch.nn.Module, path: Path) -> None:
     """Saves a model's weights, matrices and kernels as float16: half the size, float32 again when loaded."""
     # Vectors stay float32: they are small, and a BatchNorm's variance can pass float16's range.
-    state = {k: v.half() if v.is_floating_point() and v.ndim > 1 else v for k, v in model.state_dict().items()}
+    state = {
+        k: v.half() if v.is_floating_point() and v.ndim > 1 else v
+        for k, v in model.state_dict().items()
+    }
     _save({k: v.cpu() for k, v in state.items()}, Path(path))
 
 
@@ -177,9 +210,13 @@ def load_model(model: torch.nn.Module, path: Path) -> torch.nn.Module:
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
     except FileNotFoundError:
-        raise ProjectError(f"There is no model file {path.name}: run the notebook that trains it.") from None
+        raise ProjectError(
+            f"There is no model file {path.name}: run the notebook that trains it."
+        ) from None
     except Exception as error:  # torch.load raises many kinds for a file that is no checkpoint
-        raise ProjectError(f"{path.name} is not a model file ({type(error).__name__}): train the model again.") from None
+        raise ProjectError(
+            f"{path.name} is not a model file ({type(error).__name__}): train the model again."
+        ) from None
     wanted = {k: v.shape for k, v in model.state_dict().items()}
     found = {k: v.shape for k, v in state.items()} if isinstance(state, dict) else {}
     if wanted != found:

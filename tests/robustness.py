@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from src.notebooks import names
 from src.results import load_results
+from tools.notebooks import names
 
 ROOT = Path(__file__).resolve().parent.parent
-NO_NETWORK = {f"{scheme}_proxy": "http://127.0.0.1:9" for scheme in ("http", "https")}  # the discard port: nothing answers
+NO_NETWORK = {
+    f"{scheme}_proxy": "http://127.0.0.1:9" for scheme in ("http", "https")
+}  # the discard port: nothing answers
 RUN = "import sys; from pathlib import Path; from tools.run import run; run(sys.argv[1], Path(sys.argv[2]))"
 DIES = """
 
@@ -45,15 +47,24 @@ def project(tmp_path_factory):
 def execute(project, name, folder, **environment):
     """Runs a notebook with `folder` as the kernel's working directory; gives the runner's exit code and messages."""
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("HW3_")}
-    done = subprocess.run([sys.executable, "-c", RUN, name, str(folder)], cwd=project, capture_output=True, text=True,
-                          env=inherited | NO_NETWORK | {"HW3_PROFILE": "smoke"} | environment)
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, name, str(folder)],
+        cwd=project,
+        capture_output=True,
+        text=True,
+        env=inherited | NO_NETWORK | {"HW3_PROFILE": "smoke"} | environment,
+    )
     return done.returncode, done.stdout + done.stderr
 
 
 def numbers(project, name, standin=True):
     """The stored metrics, without those that a clock gives."""
-    stored = load_results(project / "reports" / ("standin" if standin else "") / "results" / f"{name}.json")
-    return {key: metric for key, metric in stored["metrics"].items() if "second" not in metric["unit"]}
+    stored = load_results(
+        project / "reports" / ("standin" if standin else "") / "results" / f"{name}.json"
+    )
+    return {
+        key: metric for key, metric in stored["metrics"].items() if "second" not in metric["unit"]
+    }
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +79,15 @@ def first_run(project):
 
 
 @pytest.mark.parametrize("name", names())
-@pytest.mark.parametrize("where", ["the project", "the notebooks", "a folder deep inside", "elsewhere, with HW3_ROOT"])
+@pytest.mark.parametrize(
+    "where", ["the project", "the notebooks", "a folder deep inside", "elsewhere, with HW3_ROOT"]
+)
 def test_the_same_numbers_from_any_working_directory(project, first_run, tmp_path, name, where):
-    folder = {"the project": project, "the notebooks": project / "notebooks", "a folder deep inside": project / "theory" / "figures"}
+    folder = {
+        "the project": project,
+        "the notebooks": project / "notebooks",
+        "a folder deep inside": project / "theory" / "figures",
+    }
     root = {"HW3_ROOT": str(project)} if where not in folder else {}
     (project / "reports" / "standin" / "results" / f"{name}.json").unlink(missing_ok=True)
     code, messages = execute(project, name, folder.get(where, tmp_path), **root)
@@ -91,7 +108,9 @@ def test_a_training_that_was_cut_off_ends_with_the_same_numbers(project, first_r
     finally:
         source.write_text(whole, encoding="utf-8")
     left = list((project / "data" / "checkpoints").glob("*.pt"))
-    assert len(left) == 1, "the training that was cut off left its checkpoint, and those that had ended left none"
+    assert len(left) == 1, (
+        "the training that was cut off left its checkpoint, and those that had ended left none"
+    )
     code, messages = execute(project, name, project / "notebooks")
     assert code == 0, messages
     assert not left[0].exists(), "the training went on from the checkpoint and removed it"
@@ -101,10 +120,16 @@ def test_a_training_that_was_cut_off_ends_with_the_same_numbers(project, first_r
 @pytest.mark.parametrize("name", names())
 def test_real_data_is_read_and_left_as_it_was(project, name, real_data):
     def state():
-        return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in real_data.rglob("*")}
+        return {
+            path: (path.stat().st_size, path.stat().st_mtime_ns) for path in real_data.rglob("*")
+        }
 
     before = state()
-    code, messages = execute(project, name, project / "notebooks", HW3_PROFILE="demo", HW3_DATA=str(real_data))
+    code, messages = execute(
+        project, name, project / "notebooks", HW3_PROFILE="demo", HW3_DATA=str(real_data)
+    )
     assert code == 0, messages
     assert state() == before
-    assert load_results(project / "reports" / "results" / f"{name}.json")["data_source"] == "HW3_DATA"
+    assert (
+        load_results(project / "reports" / "results" / f"{name}.json")["data_source"] == "HW3_DATA"
+    )

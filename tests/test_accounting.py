@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from src import ProjectError
-from theory.accounting import WHOLE, Axis, ReceptiveField, output_size, regular_grid, summary, walk
+from src.accounting import WHOLE, Axis, ReceptiveField, output_size, regular_grid, summary, walk
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,10 @@ def seen_by_gradient(model: nn.Module, size: tuple[int, int, int], row: int, col
     x = torch.zeros(1, *size, dtype=torch.float64, requires_grad=True)
     model(x)[0, :, row, column].sum().backward()
     seen = x.grad[0].abs().sum(0)
-    return tuple((int(hit[0]), int(hit[-1])) for hit in (seen.sum(1 - axis).nonzero().flatten() for axis in (0, 1)))
+    return tuple(
+        (int(hit[0]), int(hit[-1]))
+        for hit in (seen.sum(1 - axis).nonzero().flatten() for axis in (0, 1))
+    )
 
 
 def skeleton(model: nn.Module) -> nn.Module:
@@ -56,14 +59,18 @@ def ones(kernel, **options) -> nn.Conv2d:
     return layer
 
 
-def compare(model: nn.Module, size: tuple[int, int, int], positions=((0, 0), (1, 2))) -> ReceptiveField:
+def compare(
+    model: nn.Module, size: tuple[int, int, int], positions=((0, 0), (1, 2))
+) -> ReceptiveField:
     """Field of the summary against gradients at a middle position and at neighbours of it."""
     account = summary(model, size)
     channels, height, width = account.output
     for down, right in positions:
         row, column = height // 2 + down, width // 2 + right
         spans = account.receptive_field.height.span(row), account.receptive_field.width.span(column)
-        assert all(0 <= first and last < n for (first, last), n in zip(spans, size[1:])), "test image too small"
+        assert all(0 <= first and last < n for (first, last), n in zip(spans, size[1:])), (
+            "test image too small"
+        )
         assert seen_by_gradient(model, size, row, column) == spans
     return account.receptive_field
 
@@ -72,19 +79,24 @@ def compare(model: nn.Module, size: tuple[int, int, int], positions=((0, 0), (1,
 def test_random_chains_match_gradients_sizes_and_parameters(seed):
     rng, layers = random.Random(seed), []
     for _ in range(rng.randint(2, 5)):
+
         def pair(low, high):
             return rng.randint(low, high), rng.randint(low, high)
 
         kind = rng.choice(["conv", "conv", "pool", "pad"])
         if kind == "conv":
-            layers.append(ones(pair(1, 4), stride=pair(1, 2), padding=pair(0, 2), dilation=pair(1, 3)))
+            layers.append(
+                ones(pair(1, 4), stride=pair(1, 2), padding=pair(0, 2), dilation=pair(1, 3))
+            )
         elif kind == "pool":
             layers.append(nn.AvgPool2d(pair(2, 3), pair(1, 2), padding=1))
         else:
             layers.append(nn.ZeroPad2d((*pair(0, 2), *pair(0, 2))))
     model = nn.Sequential(*layers)
     account = summary(layers, (1, 230, 260))
-    assert account.output == tuple(model(torch.zeros(1, 1, 230, 260, dtype=torch.float64)).shape[1:])
+    assert account.output == tuple(
+        model(torch.zeros(1, 1, 230, 260, dtype=torch.float64)).shape[1:]
+    )
     assert account.parameters == sum(p.numel() for p in model.parameters())
     compare(model, (1, 230, 260), ((0, 0), (1, 1)))
 
@@ -95,23 +107,39 @@ def test_the_strided_dilated_window_by_hand():
 
 
 def test_branches_give_the_hull():
-    residual = Branches(nn.Sequential(ones(3, stride=2, padding=1), ones(3, padding=1)), ones(1, stride=2))
+    residual = Branches(
+        nn.Sequential(ones(3, stride=2, padding=1), ones(3, padding=1)), ones(1, stride=2)
+    )
     assert compare(residual, (1, 41, 41)).height == Axis(7, 2, 0.0)
-    nested = Branches(nn.Sequential(ones(2), nn.ZeroPad2d((1, 0, 1, 0))), ones(5, padding=2), join="cat")
+    nested = Branches(
+        nn.Sequential(ones(2), nn.ZeroPad2d((1, 0, 1, 0))), ones(5, padding=2), join="cat"
+    )
     assert compare(nested, (1, 30, 30)).height == Axis(5, 1, 0.0)
-    shifted = compare(Branches(nn.Sequential(ones(4), nn.ZeroPad2d((0, 3, 0, 3))), ones(3, padding=1)), (1, 30, 30))
+    shifted = compare(
+        Branches(nn.Sequential(ones(4), nn.ZeroPad2d((0, 3, 0, 3))), ones(3, padding=1)),
+        (1, 30, 30),
+    )
     assert shifted.height == Axis(5, 1, 1.0)  # from -1 (the second) to 3 (the first)
 
 
 def test_misaligned_paths_are_an_error_that_names_the_place():
     model = nn.Sequential(ones(3, padding=1), Branches(nn.AvgPool2d(2), nn.Sequential(ones(17))))
-    with pytest.raises(ProjectError, match="[Mm]isaligned paths meet in 1: their jumps are 2 and 1"):
+    with pytest.raises(
+        ProjectError, match="[Mm]isaligned paths meet in 1: their jumps are 2 and 1"
+    ):
         summary(model, (1, 32, 32))
 
 
-@pytest.mark.parametrize("build, size", [(torchvision.models.resnet18, 435), (torchvision.models.resnet50, 427)])
+@pytest.mark.parametrize(
+    "build, size", [(torchvision.models.resnet18, 435), (torchvision.models.resnet50, 427)]
+)
 def test_resnet_fields_match_gradients(build, size):
-    assert compare(skeleton(nn.Sequential(*list(build(weights=None).children())[:-2])), (1, 640, 640)).height.size == size
+    assert (
+        compare(
+            skeleton(nn.Sequential(*list(build(weights=None).children())[:-2])), (1, 640, 640)
+        ).height.size
+        == size
+    )
     trunk = nn.Sequential(*list(build(weights=None).children())[:-2])
     assert summary(trunk, (3, 64, 64)).receptive_field.width == Axis(size, 32, 0.0)
 
@@ -120,7 +148,11 @@ def test_efficientnet_lite_with_padding_inside_its_convolutions():
     package = pytest.importorskip("efficientnet_lite_pytorch")
     model = package.EfficientNet.from_name("efficientnet-lite0")
     account = summary(model, (3, 224, 224))
-    assert account.parameters == sum(p.numel() for p in model.parameters()) == sum(row.parameters for row in account.rows)
+    assert (
+        account.parameters
+        == sum(p.numel() for p in model.parameters())
+        == sum(row.parameters for row in account.rows)
+    )
     assert account.macs == pytorch_macs(model, torch.zeros(1, 3, 224, 224))
     assert account.receptive_field == (WHOLE, WHOLE)
     model.forward = model.extract_features  # the map before pooling
@@ -134,12 +166,23 @@ def pytorch_macs(model: nn.Module, *inputs) -> int:
     return counter.get_total_flops() // 2
 
 
-@pytest.mark.parametrize("build", [torchvision.models.resnet18, torchvision.models.densenet121, torchvision.models.mobilenet_v2])
+@pytest.mark.parametrize(
+    "build",
+    [torchvision.models.resnet18, torchvision.models.densenet121, torchvision.models.mobilenet_v2],
+)
 def test_parameters_and_macs_match_pytorch(build):
     model = build(weights=None)
     account = summary(model, (3, 96, 96))
-    assert account.parameters == sum(p.numel() for p in model.parameters()) == sum(row.parameters for row in account.rows)
-    assert account.macs == pytorch_macs(model, torch.zeros(1, 3, 96, 96)) == sum(row.macs for row in account.rows)
+    assert (
+        account.parameters
+        == sum(p.numel() for p in model.parameters())
+        == sum(row.parameters for row in account.rows)
+    )
+    assert (
+        account.macs
+        == pytorch_macs(model, torch.zeros(1, 3, 96, 96))
+        == sum(row.macs for row in account.rows)
+    )
     assert account.output == (1000,) and str(account.receptive_field) == "whole image"
 
 
@@ -147,7 +190,10 @@ def test_grouped_transposed_and_batched_products_are_counted_as_pytorch_counts_t
     class Products(nn.Module):
         def __init__(self):
             super().__init__()
-            self.grouped, self.up = nn.Conv2d(4, 8, 3, groups=2), nn.ConvTranspose2d(8, 6, 2, stride=2)
+            self.grouped, self.up = (
+                nn.Conv2d(4, 8, 3, groups=2),
+                nn.ConvTranspose2d(8, 6, 2, stride=2),
+            )
 
         def forward(self, x):
             x = self.up(self.grouped(x)).flatten(2)
@@ -203,19 +249,33 @@ def test_a_rule_gives_a_module_its_field():
 
     model = nn.Sequential(nn.Conv2d(3, 2, 3, padding=1), Sampler(), nn.Conv2d(5, 5, 3, padding=1))
     account = summary(model, (3, 21, 21), rules={Sampler: regular_grid})
-    reference = summary([model[0], nn.Conv2d(2, 5, 3, 2, 1, (2, 1), bias=False), model[2]], (3, 21, 21))
+    reference = summary(
+        [model[0], nn.Conv2d(2, 5, 3, 2, 1, (2, 1), bias=False), model[2]], (3, 21, 21)
+    )
     assert account.receptive_field == reference.receptive_field
-    assert (account.parameters, account.macs, account.output) == (reference.parameters, reference.macs, reference.output)
-    with pytest.raises(ProjectError, match="unknown .im2col.: stop before that layer, or give a rule"):
+    assert (account.parameters, account.macs, account.output) == (
+        reference.parameters,
+        reference.macs,
+        reference.output,
+    )
+    with pytest.raises(
+        ProjectError, match="unknown .im2col.: stop before that layer, or give a rule"
+    ):
         _ = summary(model, (3, 21, 21)).receptive_field
 
 
-@pytest.mark.parametrize("layers", [[nn.Upsample(scale_factor=2)], [nn.ConvTranspose2d(3, 3, 2, 2)]],
-                         ids=["interpolation", "transposed convolution"])
+@pytest.mark.parametrize(
+    "layers",
+    [[nn.Upsample(scale_factor=2)], [nn.ConvTranspose2d(3, 3, 2, 2)]],
+    ids=["interpolation", "transposed convolution"],
+)
 def test_upsampling_has_no_one_window(layers):
     account = summary([nn.Conv2d(3, 3, 3), *layers], (3, 8, 8))
     assert account.output == (3, 12, 12) and "unknown" in account.to_markdown()
-    with pytest.raises(ProjectError, match="unknown .(upsample_nearest2d|transposed convolution).: stop before that layer"):
+    with pytest.raises(
+        ProjectError,
+        match="unknown .(upsample_nearest2d|transposed convolution).: stop before that layer",
+    ):
         _ = account.receptive_field
 
 
@@ -247,9 +307,14 @@ def test_slices_strides_and_dimension_order_are_followed():
 def test_means_over_channels_keep_positions_and_broadcasting_counts_from_the_right():
     class Means(nn.Module):
         def forward(self, x):
-            return F.conv2d((x.mean(1) + x).mean(1).unsqueeze(1), torch.ones(1, 1, 3, 5, dtype=x.dtype))
+            return F.conv2d(
+                (x.mean(1) + x).mean(1).unsqueeze(1), torch.ones(1, 1, 3, 5, dtype=x.dtype)
+            )
 
-    assert compare(nn.Sequential(ones(3), Means()), (1, 24, 30)) == (Axis(5, 1, 2.0), Axis(7, 1, 3.0))
+    assert compare(nn.Sequential(ones(3), Means()), (1, 24, 30)) == (
+        Axis(5, 1, 2.0),
+        Axis(7, 1, 3.0),
+    )
 
 
 def test_pooling_attention_and_flattening_see_the_whole_image():
@@ -265,13 +330,25 @@ def test_pooling_attention_and_flattening_see_the_whole_image():
         def forward(self, x):
             return x + self.conv(x)  # one value added to every position
 
-    for layers in ([Gate()], [Spread()], [nn.AdaptiveAvgPool2d(1)], [nn.Flatten(), nn.Linear(192, 2)]):
+    for layers in (
+        [Gate()],
+        [Spread()],
+        [nn.AdaptiveAvgPool2d(1)],
+        [nn.Flatten(), nn.Linear(192, 2)],
+    ):
         assert summary(layers, (3, 8, 8)).receptive_field == (WHOLE, WHOLE)
-    assert summary([nn.Conv2d(1, 5, 8), nn.Flatten(), nn.Linear(5, 2)], (1, 8, 8)).receptive_field.height.size == 8
+    assert (
+        summary(
+            [nn.Conv2d(1, 5, 8), nn.Flatten(), nn.Linear(5, 2)], (1, 8, 8)
+        ).receptive_field.height.size
+        == 8
+    )
 
 
 def test_the_model_is_left_as_it_was():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Sequential(nn.Dropout(), nn.ReLU()))
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Sequential(nn.Dropout(), nn.ReLU())
+    )
     model[2].eval()
     state = {key: value.clone() for key, value in model.state_dict().items()}
     summary(model, (3, 8, 8))
@@ -294,23 +371,34 @@ def test_the_table_groups_as_finely_as_fits_and_adds_up():
         assert len({len(line) for line in lines}) == 1
         rows, total = lines[2:-1], lines[-1]
         assert len(rows) <= limit
-        assert [sum(number(row[c]) for row in rows) for c in (2, 3)] == [number(total[2]), number(total[3])] == [
-            account.parameters, account.macs]
+        assert (
+            [sum(number(row[c]) for row in rows) for c in (2, 3)]
+            == [number(total[2]), number(total[3])]
+            == [account.parameters, account.macs]
+        )
         lengths.append(len(rows))
     assert lengths == sorted(lengths) and lengths[0] < lengths[1] < lengths[2]
-    assert "| `layer4` | 512 × 2 × 2 |" in account.to_markdown(10) and "| 435 × 435 |" in account.to_markdown(10)
+    assert "| `layer4` | 512 × 2 × 2 |" in account.to_markdown(
+        10
+    ) and "| 435 × 435 |" in account.to_markdown(10)
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda: output_size(4, 7), "A window of 7 pixels does not fit 4 pixels"),
-    (lambda: output_size(4, 0), "Kernel 0, .* must be >= 1"),
-    (lambda: walk([(3, 1, 1), (9,)], 4), "does not fit"),
-    (lambda: summary([nn.Conv2d(3, 4, 3)], (1, 8, 8)), r"does not take an input of \(1, 8, 8\) \(in 0\)"),
-    (lambda: summary([nn.Conv2d(3, 4, 9)], (3, 8, 8)), "does not take"),
-    (lambda: summary([nn.Conv2d(3, 4, 3)], (8, 8)), r"give \(channels, height, width\)"),
-    (lambda: summary([nn.Conv2d(3, 4, 3)], (3, 0, 8)), "all at least 1"),
-    (lambda: summary([nn.Conv2d(3, 4, 3)], ()), "give"),
-])
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: output_size(4, 7), "A window of 7 pixels does not fit 4 pixels"),
+        (lambda: output_size(4, 0), "Kernel 0, .* must be >= 1"),
+        (lambda: walk([(3, 1, 1), (9,)], 4), "does not fit"),
+        (
+            lambda: summary([nn.Conv2d(3, 4, 3)], (1, 8, 8)),
+            r"does not take an input of \(1, 8, 8\) \(in 0\)",
+        ),
+        (lambda: summary([nn.Conv2d(3, 4, 9)], (3, 8, 8)), "does not take"),
+        (lambda: summary([nn.Conv2d(3, 4, 3)], (8, 8)), r"give \(channels, height, width\)"),
+        (lambda: summary([nn.Conv2d(3, 4, 3)], (3, 0, 8)), "all at least 1"),
+        (lambda: summary([nn.Conv2d(3, 4, 3)], ()), "give"),
+    ],
+)
 def test_bad_input_gets_one_clear_line(call, message):
     with pytest.raises(ProjectError, match=message) as caught:
         call()

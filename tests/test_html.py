@@ -14,8 +14,10 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from src import ROOT, ProjectError
 from tools import html as pages
 
-PIXEL = ("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==")
-SVG = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 10 5"><rect width="10" height="5"/></svg>'
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+SVG = (
+    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 10 5"><rect width="10" height="5"/></svg>'
+)
 PROSE = r"""# A notebook about $\mathcal{L}_{\text{triplet}}$
 
 See [the loss](#The-loss), [theory](../theory/1_fully_connected_vs_convolution.md), [code](../src/html.py), https://arxiv.org.
@@ -47,13 +49,19 @@ echo "$PATH" $$
 
 
 def display(mime, data, alt=None):
-    return new_output("display_data", data={mime: data, "text/plain": "fallback"}, metadata={mime: {"alt": alt}} if alt else {})
+    return new_output(
+        "display_data",
+        data={mime: data, "text/plain": "fallback"},
+        metadata={mime: {"alt": alt}} if alt else {},
+    )
 
 
 def write(folder, *cells):
     path = folder / "notebooks" / "sample.ipynb"
     path.parent.mkdir(exist_ok=True)
-    notebook = new_notebook(cells=[cell if not isinstance(cell, str) else new_markdown_cell(cell) for cell in cells])
+    notebook = new_notebook(
+        cells=[cell if not isinstance(cell, str) else new_markdown_cell(cell) for cell in cells]
+    )
     for number, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{number}"
     nbformat.write(notebook, path)
@@ -78,14 +86,30 @@ def sample(tmp_path):
     long = "value = " + " + ".join(["1_000"] * 40) + "  # long"
     bar = "\r  0%|          | 0/2\r 50%|#####     | 1/2"
     table = "<table><tr>" + "<td>0.123456789</td>" * 40 + "</tr></table>"
-    return [PROSE, with_outputs(source=f'class A:\n    """Doc."""\n\n    {long}', tags=["define"]),
-            with_outputs(new_output("stream", name="stderr", text=bar), new_output("stream", name="stdout", text="epoch 1\n"),
-                         new_output("stream", name="stderr", text="\r100%|##########| 2/2"),
-                         new_output("stream", name="stdout", text="\x1b[1mepoch\x1b[0m 2 <done>\n"), display("text/html", table),
-                         display("image/png", PIXEL, alt='One "black" pixel'), display("image/svg+xml", SVG, alt="A bar"),
-                         display("text/markdown", r"Accuracy **99 %**, $n = 2{,}000$; a very long formula: $" + "x + " * 60 + "x$"),
-                         new_output("error", ename="ValueError", evalue="bad <value>", traceback=["\x1b[31mValueError\x1b[0m: bad"])),
-            "## Results\n\n#### Skipped a level\n\n## Results\n\n# Second title"]
+    return [
+        PROSE,
+        with_outputs(source=f'class A:\n    """Doc."""\n\n    {long}', tags=["define"]),
+        with_outputs(
+            new_output("stream", name="stderr", text=bar),
+            new_output("stream", name="stdout", text="epoch 1\n"),
+            new_output("stream", name="stderr", text="\r100%|##########| 2/2"),
+            new_output("stream", name="stdout", text="\x1b[1mepoch\x1b[0m 2 <done>\n"),
+            display("text/html", table),
+            display("image/png", PIXEL, alt='One "black" pixel'),
+            display("image/svg+xml", SVG, alt="A bar"),
+            display(
+                "text/markdown",
+                r"Accuracy **99 %**, $n = 2{,}000$; a very long formula: $" + "x + " * 60 + "x$",
+            ),
+            new_output(
+                "error",
+                ename="ValueError",
+                evalue="bad <value>",
+                traceback=["\x1b[31mValueError\x1b[0m: bad"],
+            ),
+        ),
+        "## Results\n\n#### Skipped a level\n\n## Results\n\n# Second title",
+    ]
 
 
 def test_page_stands_alone_and_reads_well(tmp_path, sample):
@@ -98,13 +122,22 @@ def test_page_stands_alone_and_reads_well(tmp_path, sample):
             if tag.name != "a" and name in tag.attrs:
                 assert tag[name].startswith("data:"), tag
     assert not re.search(r"@import|url\(", page)
-    assert "default-src 'none'" in soup.find("meta", {"http-equiv": "Content-Security-Policy"})["content"]
-    assert [image["alt"] for image in soup.find_all("img")] == ["A black bar", 'One "black" pixel', "A bar"]
+    assert (
+        "default-src 'none'"
+        in soup.find("meta", {"http-equiv": "Content-Security-Policy"})["content"]
+    )
+    assert [image["alt"] for image in soup.find_all("img")] == [
+        "A black bar",
+        'One "black" pixel',
+        "A bar",
+    ]
     assert base64.b64decode(soup.img["src"].split(",")[1]).decode() == SVG
 
     assert len(soup.find_all("math")) == 8
     assert [cell["style"] for cell in soup.main.li.find_all("mtd")] == 2 * [
-        f"text-align:{side};text-align:-webkit-{side};padding-inline:0" for side in ("right", "left")]
+        f"text-align:{side};text-align:-webkit-{side};padding-inline:0"
+        for side in ("right", "left")
+    ]
     for code in soup.find_all(["code", "pre"]):
         code.extract()
     assert "\\" not in soup.main.text and re.findall(r"\$\d?", soup.main.text) == ["$5"]
@@ -113,23 +146,41 @@ def test_page_stands_alone_and_reads_well(tmp_path, sample):
 def test_headings_form_an_outline_and_links_resolve(tmp_path, sample):
     soup = bs4.BeautifulSoup(convert(tmp_path, *sample), "html.parser")
     headings = [(int(tag.name[1]), tag["id"]) for tag in soup.find_all(re.compile("^h[1-6]$"))]
-    assert headings[1:] == [(2, "the-loss"), (2, "results"), (3, "skipped-a-level"), (2, "results-1"), (2, "second-title")]
+    assert headings[1:] == [
+        (2, "the-loss"),
+        (2, "results"),
+        (3, "skipped-a-level"),
+        (2, "results-1"),
+        (2, "second-title"),
+    ]
     assert headings[0][0] == 1
-    assert [link["href"][1:] for link in soup.nav.find_all("a")] == [anchor for _, anchor in headings[1:]]
+    assert [link["href"][1:] for link in soup.nav.find_all("a")] == [
+        anchor for _, anchor in headings[1:]
+    ]
     targets = [link["href"] for link in soup.main.find_all("a")]
-    assert targets == ["#the-loss", "../reports/theory.html#1_fully_connected_vs_convolution", "../src/html.py", "https://arxiv.org"]
+    assert targets == [
+        "#the-loss",
+        "../reports/theory.html#1_fully_connected_vs_convolution",
+        "../src/html.py",
+        "https://arxiv.org",
+    ]
     with pytest.raises(ProjectError, match=r"sample.ipynb, cell 2: a link to #nowhere"):
         convert(tmp_path, "# Title", "[broken](#Nowhere)")
 
 
 def test_outputs(tmp_path, sample):
     soup = bs4.BeautifulSoup(convert(tmp_path, *sample), "html.parser")
-    assert [pre.text for pre in soup.find_all("pre", class_="stdout")] == ["epoch 1\nepoch 2 <done>"]
+    assert [pre.text for pre in soup.find_all("pre", class_="stdout")] == [
+        "epoch 1\nepoch 2 <done>"
+    ]
     assert [pre.text for pre in soup.find_all("pre", class_="stderr")] == ["100%|##########| 2/2"]
     assert "ValueError: bad <value>" in soup.find(class_="error").p.text and "\x1b" not in soup.text
     assert soup.find("td", string="0.123456789").find_parent(class_="scroll")
     assert [tag.text for tag in soup.find_all(class_="tag")] == ["definitions"]
-    assert soup.find(class_="cell").find("span", class_="k", string="class") and "fallback" not in soup.text
+    assert (
+        soup.find(class_="cell").find("span", class_="k", string="class")
+        and "fallback" not in soup.text
+    )
 
 
 def test_page_of_a_copied_notebook_finds_the_projects_files(tmp_path, sample, monkeypatch):
@@ -141,30 +192,52 @@ def test_page_of_a_copied_notebook_finds_the_projects_files(tmp_path, sample, mo
     soup = bs4.BeautifulSoup(copy.with_suffix(".html").read_bytes(), "html.parser")
     assert soup.img["alt"] == "A black bar"
     assert [link["href"] for link in soup.main.find_all("a")][1:3] == [
-        "../../reports/theory.html#1_fully_connected_vs_convolution", "../../src/html.py"]
+        "../../reports/theory.html#1_fully_connected_vs_convolution",
+        "../../src/html.py",
+    ]
 
 
-@pytest.mark.parametrize("text, shown", [
-    ("a\rbc", "bc"), ("a\r\nb\r\n", "a\nb"), ("1\n\r2\x1b[A\r3", "3\n2"), ("x\r   \r", ""), ("\x1b[32mok\x1b[0m", "ok")])
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        ("a\rbc", "bc"),
+        ("a\r\nb\r\n", "a\nb"),
+        ("1\n\r2\x1b[A\r3", "3\n2"),
+        ("x\r   \r", ""),
+        ("\x1b[32mok\x1b[0m", "ok"),
+    ],
+)
 def test_stream_shows_what_a_terminal_shows(text, shown):
     assert pages._last_state(text) == shown
 
 
-@pytest.mark.parametrize("cell, message", [
-    (with_outputs(display("image/png", PIXEL)), "cell 2: an image without alt text"),
-    ("![](figures/bar.svg)", "cell 2: an image without alt text"),
-    ("![Missing](figures/none.svg)", "cell 2: the image figures/none.svg does not exist"),
-    ("![Remote](https://example.org/a.png)", "cell 2: .*needs a script, a file or a network"),
-    (with_outputs(display("text/html", "<script>1</script>")), "cell 2: .*needs a script"),
-    (with_outputs(display("text/html", "<style>@import 'a.css'</style>")), "cell 2: .*needs a script, a file"),
-    (with_outputs(display("text/html", "<p style='background:url(http://a/b)'>x</p>")), "cell 2: .*needs a script, a file"),
-    (r"Here $\nonsense{x}$", r"cell 2: the formula '\\\\nonsense\{x\}' cannot be converted: \\nonsense is not known"),
-    (r"$$\frac{1}{2$$", "cell 2: the formula .* cannot be converted: unbalanced braces"),
-    (r"$a & b$", "cell 2: the formula .* cannot be converted: & is not known"),
-    (with_outputs(display("text/markdown", r"$\unknown$")), r"cell 2: the formula .*unknown"),
-    ("A stray $ sign", r"cell 2: '\$' opens no formula"),
-    (r"\begin{align} a \end{align}", r"cell 2: .*begin.* opens no formula"),
-])
+@pytest.mark.parametrize(
+    "cell, message",
+    [
+        (with_outputs(display("image/png", PIXEL)), "cell 2: an image without alt text"),
+        ("![](figures/bar.svg)", "cell 2: an image without alt text"),
+        ("![Missing](figures/none.svg)", "cell 2: the image figures/none.svg does not exist"),
+        ("![Remote](https://example.org/a.png)", "cell 2: .*needs a script, a file or a network"),
+        (with_outputs(display("text/html", "<script>1</script>")), "cell 2: .*needs a script"),
+        (
+            with_outputs(display("text/html", "<style>@import 'a.css'</style>")),
+            "cell 2: .*needs a script, a file",
+        ),
+        (
+            with_outputs(display("text/html", "<p style='background:url(http://a/b)'>x</p>")),
+            "cell 2: .*needs a script, a file",
+        ),
+        (
+            r"Here $\nonsense{x}$",
+            r"cell 2: the formula '\\\\nonsense\{x\}' cannot be converted: \\nonsense is not known",
+        ),
+        (r"$$\frac{1}{2$$", "cell 2: the formula .* cannot be converted: unbalanced braces"),
+        (r"$a & b$", "cell 2: the formula .* cannot be converted: & is not known"),
+        (with_outputs(display("text/markdown", r"$\unknown$")), r"cell 2: the formula .*unknown"),
+        ("A stray $ sign", r"cell 2: '\$' opens no formula"),
+        (r"\begin{align} a \end{align}", r"cell 2: .*begin.* opens no formula"),
+    ],
+)
 def test_bad_content_is_an_error_that_names_its_cell(tmp_path, cell, message):
     (tmp_path / "notebooks" / "figures").mkdir(parents=True)
     (tmp_path / "notebooks" / "figures" / "bar.svg").write_text(SVG)
@@ -180,7 +253,12 @@ def test_unreadable_notebook_and_unwritable_folder(tmp_path, capsys):
         with pytest.raises(ProjectError, match=f"{path.name} is not a readable notebook"):
             pages.notebook_to_html(path, tmp_path / "out.html")
     (tmp_path / "file").write_text("mine")
-    assert pages.main(["notebook", str(write(tmp_path, "# Title")), str(tmp_path / "file" / "out.html")]) == 1
+    assert (
+        pages.main(
+            ["notebook", str(write(tmp_path, "# Title")), str(tmp_path / "file" / "out.html")]
+        )
+        == 1
+    )
     error = capsys.readouterr().err
     assert error.startswith("error: cannot write") and error.count("\n") == 1
     assert (tmp_path / "file").read_text() == "mine" and not list(tmp_path.rglob("*.part"))
@@ -190,9 +268,18 @@ def test_same_input_gives_same_bytes(tmp_path, sample):
     assert convert(tmp_path, *sample) == convert(tmp_path, *sample)
 
 
-@pytest.mark.parametrize("tex, expected", [
-    (r"\mathcal L", "ℒ"), (r"1{,}024", "1,024"), (r"\operatorname*{arg\,max}_x", "arg\u2009maxx"), (r"\text{50\%}", "50%"),
-    (r"x'", "x′"), (r"\lfloor x \rfloor", "⌊x⌋"), (r"\begin{cases} 1 & x < 0 \\ 0 \end{cases}", "{1x<00")])
+@pytest.mark.parametrize(
+    "tex, expected",
+    [
+        (r"\mathcal L", "ℒ"),
+        (r"1{,}024", "1,024"),
+        (r"\operatorname*{arg\,max}_x", "arg\u2009maxx"),
+        (r"\text{50\%}", "50%"),
+        (r"x'", "x′"),
+        (r"\lfloor x \rfloor", "⌊x⌋"),
+        (r"\begin{cases} 1 & x < 0 \\ 0 \end{cases}", "{1x<00"),
+    ],
+)
 def test_formulas(tex, expected):
     element = bs4.BeautifulSoup(pages.mathml(tex, display=True), "html.parser")
     assert element.text == expected
@@ -200,16 +287,23 @@ def test_formulas(tex, expected):
 
 
 def test_limits_stand_below_in_displays_only():
-    assert "<munder>" in pages.mathml(r"\max_i x_i", True) and "<munder>" not in pages.mathml(r"\max_i x_i", False)
+    assert "<munder>" in pages.mathml(r"\max_i x_i", True) and "<munder>" not in pages.mathml(
+        r"\max_i x_i", False
+    )
 
 
 def theory(folder):
     figures = folder / "theory" / "figures"
     figures.mkdir(parents=True)
     (figures / "bar.svg").write_text(SVG)
-    (folder / "theory" / "1_first.md").write_text("# Question 1\n\n## Answer\n\n> *Which?*\n\n$x^2$\n\n"
-                                                  "[second](2_second.md#Answer) [part](2_second.md) [here](#answer)\n", "utf-8")
-    (folder / "theory" / "2_second.md").write_text("# Question 2\n\n## Answer\n\n![A bar](figures/bar.svg)\n", "utf-8")
+    (folder / "theory" / "1_first.md").write_text(
+        "# Question 1\n\n## Answer\n\n> *Which?*\n\n$x^2$\n\n"
+        "[second](2_second.md#Answer) [part](2_second.md) [here](#answer)\n",
+        "utf-8",
+    )
+    (folder / "theory" / "2_second.md").write_text(
+        "# Question 2\n\n## Answer\n\n![A bar](figures/bar.svg)\n", "utf-8"
+    )
     return sorted((folder / "theory").glob("*.md"))
 
 
@@ -218,7 +312,12 @@ def test_theory_is_one_page(tmp_path):
     pages.theory_to_html(out, theory(tmp_path))
     soup = bs4.BeautifulSoup(out.read_bytes(), "html.parser")
     assert [(tag.name, tag.text) for tag in soup.find_all(re.compile("^h[1-6]$"))] == [
-        ("h1", "Theory"), ("h2", "Question 1"), ("h3", "Answer"), ("h2", "Question 2"), ("h3", "Answer")]
+        ("h1", "Theory"),
+        ("h2", "Question 1"),
+        ("h3", "Answer"),
+        ("h2", "Question 2"),
+        ("h3", "Answer"),
+    ]
     links = [link["href"][1:] for link in soup.find_all("a")]
     assert links[-3:] == ["2_second-answer", "2_second", "1_first-answer"]
     assert all(soup.find(id=link) for link in links) and len(links) == 7
@@ -229,9 +328,10 @@ def test_theory_is_one_page(tmp_path):
 
 # Contrast: WCAG 2.2, success criterion 1.4.3: 4.5 to 1.
 
+
 def luminance(colour):
     digits = colour.lstrip("#") if len(colour) > 4 else "".join(2 * digit for digit in colour[1:])
-    channels = [int(digits[i:i + 2], 16) / 255 for i in (0, 2, 4)]
+    channels = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
@@ -252,12 +352,16 @@ def test_contrast_of_every_colour(scheme):
     pairs = [(text, ground) for text in ("text", "muted", "link") for ground in ("page", "surface")]
     pairs += [("task-text", "task"), ("link", "task"), ("error-text", "error"), ("text", "task")]
     measured = {pair: contrast(colours[pair[0]], colours[pair[1]]) for pair in pairs}
-    block = re.search(rf"@media [^{{]*\(prefers-color-scheme: {scheme}\) \{{\n(\.code.*?)\n\}}", css, re.S)[1]
+    block = re.search(
+        rf"@media [^{{]*\(prefers-color-scheme: {scheme}\) \{{\n(\.code.*?)\n\}}", css, re.S
+    )[1]
     for rule in block.splitlines():
         ground = re.search(r"background-color: (#\w+)", rule)
         if colour := re.search(r"(?<!-)color: (#\w+)", rule):
             measured[rule] = contrast(colour[1], ground[1] if ground else colours["surface"])
-    assert len(measured) > 40 and min(measured.values()) >= 4.5, min(measured.items(), key=lambda item: item[1])
+    assert len(measured) > 40 and min(measured.values()) >= 4.5, min(
+        measured.items(), key=lambda item: item[1]
+    )
 
 
 # In the browser. The page forbids scripts, so a frame around it measures.
@@ -286,7 +390,9 @@ onload = () => {
 
 def needs_chromium():
     if not any(map(shutil.which, pages._BROWSERS)):
-        pytest.skip("no Chromium or Chrome installed: layout and contrast are not measured in a browser")
+        pytest.skip(
+            "no Chromium or Chrome installed: layout and contrast are not measured in a browser"
+        )
 
 
 def check_in_a_browser(page, folder, width, scheme):
@@ -294,12 +400,21 @@ def check_in_a_browser(page, folder, width, scheme):
     needs_chromium()
     frame = folder / "frame.html"
     frame.write_text(MEASURE % (width, html.escape(page)), encoding="utf-8")
-    run = pages.run_chromium("--enable-logging=stderr", f"--blink-settings=preferredColorScheme={int(scheme == 'light')}",
-                             "--window-size=1400,1000", "--host-resolver-rules=MAP * ~NOTFOUND", "--dump-dom", frame.as_uri())
+    run = pages.run_chromium(
+        "--enable-logging=stderr",
+        f"--blink-settings=preferredColorScheme={int(scheme == 'light')}",
+        "--window-size=1400,1000",
+        "--host-resolver-rules=MAP * ~NOTFOUND",
+        "--dump-dom",
+        frame.as_uri(),
+    )
     assert "CONSOLE" not in run.stderr
     result = json.loads(html.unescape(re.search(r'data-result="(.*?)"', run.stdout)[1]))
     assert result["width"] <= width and result["broken"] == 0 and result["math"] > 20
-    assert result["lowest"] >= 4.5 and result["ground"] == {"light": "rgb(255, 255, 255)", "dark": "rgb(15, 19, 24)"}[scheme]
+    assert (
+        result["lowest"] >= 4.5
+        and result["ground"] == {"light": "rgb(255, 255, 255)", "dark": "rgb(15, 19, 24)"}[scheme]
+    )
 
 
 @pytest.mark.parametrize("width, scheme", [(390, "light"), (1280, "dark")])
@@ -313,7 +428,9 @@ COMMITTED = sorted(path.name for path in (ROOT / "reports").glob("*.html"))
 @pytest.mark.parametrize("name", COMMITTED)
 @pytest.mark.parametrize("width, scheme", [(390, "dark"), (1280, "light")])
 def test_committed_page_in_a_browser(tmp_path, name, width, scheme):
-    check_in_a_browser((ROOT / "reports" / name).read_text(encoding="utf-8"), tmp_path, width, scheme)
+    check_in_a_browser(
+        (ROOT / "reports" / name).read_text(encoding="utf-8"), tmp_path, width, scheme
+    )
 
 
 @pytest.mark.parametrize("name", COMMITTED)
@@ -321,10 +438,14 @@ def test_committed_page_has_an_outline_and_a_table_of_contents(name):
     soup = bs4.BeautifulSoup((ROOT / "reports" / name).read_bytes(), "html.parser")
     levels = [int(tag.name[1]) for tag in soup.find_all(re.compile("^h[1-6]$"))]
     assert levels[0] == 1 and levels.count(1) == 1
-    assert all(below - above <= 1 for above, below in zip(levels, levels[1:])), "a level is left out"
+    assert all(below - above <= 1 for above, below in zip(levels, levels[1:])), (
+        "a level is left out"
+    )
     sections = {tag["id"] for tag in soup.find_all(["h2", "h3"])}
     links = [link["href"].removeprefix("#") for link in soup.nav.find_all("a")]
-    assert set(links) == sections and len(links) == len(sections) > 2, "the contents name every section and nothing else"
+    assert set(links) == sections and len(links) == len(sections) > 2, (
+        "the contents name every section and nothing else"
+    )
     assert all(len(soup.find_all(id=link)) == 1 for link in links)
     assert soup.find_all("img") and all(image["alt"].strip() for image in soup.find_all("img"))
 
@@ -333,7 +454,9 @@ def test_theory_images(tmp_path, monkeypatch):
     monkeypatch.setattr(pages, "ROOT", tmp_path)
     theory(tmp_path)
     monkeypatch.setattr(pages, "_BROWSERS", ())
-    with pytest.raises(ProjectError, match="no Chromium or Chrome is installed: apt-get install chromium"):
+    with pytest.raises(
+        ProjectError, match="no Chromium or Chrome is installed: apt-get install chromium"
+    ):
         pages.theory_images(tmp_path / "images")
     monkeypatch.undo()
     monkeypatch.setattr(pages, "ROOT", tmp_path)
@@ -345,7 +468,9 @@ def test_theory_images(tmp_path, monkeypatch):
     drawn = pages.theory_images(tmp_path / "images")
     assert len(drawn) == 2 and sorted((tmp_path / "images").glob("*.png")) == drawn
     assert all(image.read_bytes().startswith(b"\x89PNG") for image in drawn)
-    assert set(re.findall(rb"\(D:(\d+)", (tmp_path / "images" / "theory.pdf").read_bytes())) == {b"20000101000000"}
+    assert set(re.findall(rb"\(D:(\d+)", (tmp_path / "images" / "theory.pdf").read_bytes())) == {
+        b"20000101000000"
+    }
 
 
 def test_theory_of_the_project(tmp_path):

@@ -21,7 +21,9 @@ def reports(monkeypatch, tmp_path):
 
 
 def save(metrics, source=FakeSource()):
-    return results.save_results("test", metrics, profile="cpu", source=source, runtime=RUNTIME, seeds=[0], seconds=90)
+    return results.save_results(
+        "test", metrics, profile="cpu", source=source, runtime=RUNTIME, seeds=[0], seconds=90
+    )
 
 
 def test_wilson_interval_by_hand():
@@ -52,7 +54,17 @@ def test_saved_results_hold_their_provenance(reports):
     path = save({"test_accuracy": results.proportion(9, 10)})
     stored = results.load_results(path)
     assert path == reports / "results" / "test.json"
-    wanted = {"profile", "data_source", "device", "machine", "seeds", "versions", "commit", "seconds", "metrics"}
+    wanted = {
+        "profile",
+        "data_source",
+        "device",
+        "machine",
+        "seeds",
+        "versions",
+        "commit",
+        "seconds",
+        "metrics",
+    }
     assert wanted <= set(stored)
     assert stored["metrics"]["test_accuracy"]["value"] == 0.9
     assert [p.name for p in path.parent.iterdir()] == ["test.json"], "a temporary file stayed"
@@ -69,7 +81,9 @@ def test_standin_results_never_replace_real_ones(reports):
     assert json.loads(drawn.read_text())["standin"] is True
 
 
-@pytest.mark.parametrize("metric", [{"value": 1.0}, results.single(float("nan"), "x"), results.single(float("inf"), "x")])
+@pytest.mark.parametrize(
+    "metric", [{"value": 1.0}, results.single(float("nan"), "x"), results.single(float("inf"), "x")]
+)
 def test_incomplete_or_infinite_metrics_are_refused(reports, metric):
     with pytest.raises(ProjectError, match="Metric 'a' of test needs"):
         save({"a": metric})
@@ -77,9 +91,22 @@ def test_incomplete_or_infinite_metrics_are_refused(reports, metric):
 
 
 def test_render_fills_text_from_the_results():
-    stored = {"metrics": {"ce.test_accuracy": results.proportion(1990, 2000), "loss": results.single(0.12345, "nats")}, "seconds": 90, "profile": "cpu"}
-    text = results.render("{ce.test_accuracy:short} | {ce.test_accuracy} | {loss:.3f} | {seconds:minutes} | {profile}", stored)
-    assert text == "99.50 % | 99.50 % (95 % interval 99.08 to 99.73, n = 2000) | 0.123 | 1.5 minutes | cpu"
+    stored = {
+        "metrics": {
+            "ce.test_accuracy": results.proportion(1990, 2000),
+            "loss": results.single(0.12345, "nats"),
+        },
+        "seconds": 90,
+        "profile": "cpu",
+    }
+    text = results.render(
+        "{ce.test_accuracy:short} | {ce.test_accuracy} | {loss:.3f} | {seconds:minutes} | {profile}",
+        stored,
+    )
+    assert (
+        text
+        == "99.50 % | 99.50 % (95 % interval 99.08 to 99.73, n = 2000) | 0.123 | 1.5 minutes | cpu"
+    )
 
 
 def test_render_refuses_a_number_nobody_measured():

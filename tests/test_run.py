@@ -13,11 +13,11 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from src import ProjectError, notebooks
-from src.notebooks import names
+from src import ProjectError
 from src.plotting import STANDIN_MARK
 from src.results import load_results
-from tools import run
+from tools import notebooks, run
+from tools.notebooks import names
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("cross_entropy", "triplet", "joint", "triplet_batch_hard")
@@ -28,7 +28,11 @@ def outputs(notebook):
 
 
 def alt_texts(notebook):
-    return [o.metadata["image/png"]["alt"] for o in outputs(notebook) if "image/png" in o.get("data", {})]
+    return [
+        o.metadata["image/png"]["alt"]
+        for o in outputs(notebook)
+        if "image/png" in o.get("data", {})
+    ]
 
 
 def check_order(notebook):
@@ -40,35 +44,58 @@ def check_order(notebook):
 def check_numbers(notebook, stored):
     """Holds the numbers that figures, tables and prose show against the results file."""
     metrics, alts = stored["metrics"], alt_texts(notebook)
-    text = "\n".join(o.data["text/markdown"] for o in outputs(notebook) if "text/markdown" in o.get("data", {}))
+    text = "\n".join(
+        o.data["text/markdown"] for o in outputs(notebook) if "text/markdown" in o.get("data", {})
+    )
     for method in METHODS:
         metric = metrics[f"{method}.test_accuracy"]
         errors = round((1 - metric["value"]) * metric["n"])
         low, high = metric["ci95"]
-        assert f"| {metric['value']:.2%} | {low:.2%} to {high:.2%} | {errors} of {metric['n']} |" in text, method
-        assert f"{100 * metric['value']:.2f} % (95 % interval {100 * low:.2f} to {100 * high:.2f}, n = {metric['n']})" in text
+        assert (
+            f"| {metric['value']:.2%} | {low:.2%} to {high:.2%} | {errors} of {metric['n']} |"
+            in text
+        ), method
+        assert (
+            f"{100 * metric['value']:.2f} % (95 % interval {100 * low:.2f} to {100 * high:.2f}, n = {metric['n']})"
+            in text
+        )
         assert low <= metric["value"] <= high
     confusion = next(alt for alt in alts if "Confusion matrices" in alt)
-    counts = re.findall(r"(\d+) airplanes called automobile, (\d+) automobiles called airplane", confusion)
+    counts = re.findall(
+        r"(\d+) airplanes called automobile, (\d+) automobiles called airplane", confusion
+    )
     assert [sum(map(int, pair)) for pair in counts] == [
-        round((1 - metrics[f"{m}.test_accuracy"]["value"]) * metrics[f"{m}.test_accuracy"]["n"]) for m in METHODS
+        round((1 - metrics[f"{m}.test_accuracy"]["value"]) * metrics[f"{m}.test_accuracy"]["n"])
+        for m in METHODS
     ]
     curves = stored["curves"]
     shown = {}
     for alt in (alt for alt in alts if "against epochs" in alt):
-        shown |= {alt: [float(x) for x in re.findall(r"(\d+\.\d+) in the (?:first epoch|last)", alt)]}
+        shown |= {
+            alt: [float(x) for x in re.findall(r"(\d+\.\d+) in the (?:first epoch|last)", alt)]
+        }
     stored_values = [
         [round(row[column], 3) for row in (history["epochs"][0], history["epochs"][-1])]
-        for history in curves.values() for column in history["epochs"][0] if column != "seconds"
+        for history in curves.values()
+        for column in history["epochs"][0]
+        if column != "seconds"
     ]
-    assert len(shown) == len(curves) - 1  # batch-hard mining is drawn behind the training it goes on from
+    assert (
+        len(shown) == len(curves) - 1
+    )  # batch-hard mining is drawn behind the training it goes on from
     continued = next(alt for alt in alts if "continued by batch-hard mining" in alt)
-    assert re.findall(r"validation: (\S+) after the last epoch of random triplets, (\S+) after batch-hard mining", continued) == [
-        tuple(f"{curves[name]['epochs'][-1][column]:.3f}" for name in ("triplet", "triplet_batch_hard"))
+    assert re.findall(
+        r"validation: (\S+) after the last epoch of random triplets, (\S+) after batch-hard mining",
+        continued,
+    ) == [
+        tuple(
+            f"{curves[name]['epochs'][-1][column]:.3f}"
+            for name in ("triplet", "triplet_batch_hard")
+        )
         for column in ("val_loss", "val_right_order")
     ]
     for alt, values in shown.items():
-        pairs = [values[i:i + 2] for i in range(0, len(values), 2)]
+        pairs = [values[i : i + 2] for i in range(0, len(values), 2)]
         assert pairs and all(pair in stored_values for pair in pairs), alt
     for history in curves.values():
         losses = [row["val_loss"] for row in history["epochs"]]
@@ -84,8 +111,16 @@ def smoke(tmp_path_factory):
     project = tmp_path_factory.mktemp("run") / "یادگیری عمیق"
     for part in ("src", "tools", "notebooks", "theory", "reports/results"):
         shutil.copytree(ROOT / part, project / part, ignore=shutil.ignore_patterns("__pycache__"))
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("HW3_")} | {"HW3_PROFILE": "smoke"}
-    done = subprocess.run([sys.executable, "-m", "tools.run"], cwd=project, env=environment, capture_output=True, text=True)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("HW3_")} | {
+        "HW3_PROFILE": "smoke"
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.run"],
+        cwd=project,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return project, done
 
@@ -97,18 +132,28 @@ def test_every_notebook_runs_on_the_standin(smoke, name):
     executed = nbformat.read(folder / f"{name}.ipynb", as_version=4)
     check_order(executed)
     theory = "".join(path.read_text(encoding="utf-8") for path in (project / "theory").glob("*.md"))
-    measured = [alt for alt in alt_texts(executed) if f"![{alt}]" not in theory]  # a figure of the theory shows no data
+    measured = [
+        alt for alt in alt_texts(executed) if f"![{alt}]" not in theory
+    ]  # a figure of the theory shows no data
     assert measured and all(STANDIN_MARK in alt for alt in measured)
     assert STANDIN_MARK in (folder / f"{name}.html").read_text(encoding="utf-8")
     stored = load_results(folder / "results" / f"{name}.json")
-    assert stored["profile"] == "smoke" and stored["data_source"] == "stand-in" and stored["standin"] is True
-    assert f"{name}: cell" in done.stderr and "epoch 1 of 2" in done.stderr, "the bar shows notebook, cell and epoch"
+    assert (
+        stored["profile"] == "smoke"
+        and stored["data_source"] == "stand-in"
+        and stored["standin"] is True
+    )
+    assert f"{name}: cell" in done.stderr and "epoch 1 of 2" in done.stderr, (
+        "the bar shows notebook, cell and epoch"
+    )
 
 
 @pytest.mark.parametrize("name", names())
 def test_a_standin_run_touches_neither_notebook_nor_real_results(smoke, name):
     project, _ = smoke
-    assert (project / "notebooks" / f"{name}.ipynb").read_bytes() == (ROOT / "notebooks" / f"{name}.ipynb").read_bytes()
+    assert (project / "notebooks" / f"{name}.ipynb").read_bytes() == (
+        ROOT / "notebooks" / f"{name}.ipynb"
+    ).read_bytes()
     assert not (project / "reports" / f"{name}.html").exists()
     for path in (ROOT / "reports" / "results").iterdir():
         assert (project / "reports" / "results" / path.name).read_bytes() == path.read_bytes()
@@ -118,7 +163,9 @@ def test_transfer_learning_shows_the_numbers_it_stored(smoke):
     folder = smoke[0] / "reports" / "standin"
     executed = nbformat.read(folder / "transfer_learning.ipynb", as_version=4)
     check_numbers(executed, load_results(folder / "results" / "transfer_learning.json"))
-    assert {path.stem for path in (folder / "models").glob("transfer_learning_*")} == {f"transfer_learning_{m}" for m in METHODS}
+    assert {path.stem for path in (folder / "models").glob("transfer_learning_*")} == {
+        f"transfer_learning_{m}" for m in METHODS
+    }
 
 
 # --- the runner
@@ -141,7 +188,9 @@ def project(tmp_path, monkeypatch):
 def test_a_failing_cell_is_named(project, tmp_path, capsys):
     project("broken", ["x = 1"], ["1 / 0"], ["never = True"])
     before = (tmp_path / "broken.ipynb").read_bytes()
-    with pytest.raises(ProjectError, match="broken, cell 1 failed: ZeroDivisionError: division by zero"):
+    with pytest.raises(
+        ProjectError, match="broken, cell 1 failed: ZeroDivisionError: division by zero"
+    ):
         run.run("broken", tmp_path)
     assert (tmp_path / "broken.ipynb").read_bytes() == before
     assert "1 / 0" in capsys.readouterr().err
@@ -151,20 +200,33 @@ def test_outputs_of_one_notebook_are_no_changes_to_the_next(project, tmp_path):
     for part in ("src", "tools"):
         shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
     for name, source in {"a": "", "b": "", "c": "1 / 0\n"}.items():
-        project(name, [source + "import sys; sys.path.insert(0, '..')\nfrom src.results import commit\nprint(commit())"])
+        project(
+            name,
+            [
+                source
+                + "import sys; sys.path.insert(0, '..')\nfrom src.results import commit\nprint(commit())"
+            ],
+        )
     (tmp_path / "notebooks").mkdir()
     for path in tmp_path.glob("*.ipynb"):
         path.rename(tmp_path / "notebooks" / path.name)
 
     def git(*words):
         words = ("git", "-c", "user.name=A", "-c", "user.email=a@b.c", *words)
-        return subprocess.run(words, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(
+            words, cwd=tmp_path, check=True, capture_output=True, text=True
+        ).stdout.strip()
 
     def run_all():
-        return subprocess.run([sys.executable, "-m", "tools.run"], cwd=tmp_path, capture_output=True, text=True)
+        return subprocess.run(
+            [sys.executable, "-m", "tools.run"], cwd=tmp_path, capture_output=True, text=True
+        )
 
     def printed():
-        return [outputs(nbformat.read(tmp_path / "notebooks" / f"{name}.ipynb", as_version=4)) for name in "abc"]
+        return [
+            outputs(nbformat.read(tmp_path / "notebooks" / f"{name}.ipynb", as_version=4))
+            for name in "abc"
+        ]
 
     git("init", "-q")
     git("add", ".")
@@ -174,7 +236,9 @@ def test_outputs_of_one_notebook_are_no_changes_to_the_next(project, tmp_path):
     assert "changes since the last commit" not in done.stdout
     head = git("rev-parse", "HEAD") + "\n"
     a, b, c = printed()
-    assert [o.text for o in a] == [o.text for o in b] == [head] and not c, "what ran before the failing one is kept"
+    assert [o.text for o in a] == [o.text for o in b] == [head] and not c, (
+        "what ran before the failing one is kept"
+    )
     assert "changes since the last commit" in run_all().stdout, "told before the run, not after it"
     assert [o.text for o in printed()[0]] == [head.strip() + "+changes\n"]
 
@@ -188,15 +252,24 @@ def test_progress_bars_are_shown_but_not_stored(project, tmp_path, capsys):
 
 
 def test_definitions_are_the_tagged_cells_only(project):
-    project("toy", ["import math", "define"], ["def area(r):\n    return math.pi * r * r", "define"], ["raise SystemExit"])
+    project(
+        "toy",
+        ["import math", "define"],
+        ["def area(r):\n    return math.pi * r * r", "define"],
+        ["raise SystemExit"],
+    )
     module = notebooks.definitions("toy")
     assert module.area(1) == pytest.approx(3.14159, abs=1e-5)
 
 
-@pytest.mark.parametrize("source", ["print('hello')", "for i in range(3):\n    x = i", "x = 1\nx += 1"])
+@pytest.mark.parametrize(
+    "source", ["print('hello')", "for i in range(3):\n    x = i", "x = 1\nx += 1"]
+)
 def test_a_tagged_cell_may_only_define(project, source):
     project("toy", [source, "define"])
-    with pytest.raises(ProjectError, match="toy, cell 0, line .: a cell tagged `define` may only define"):
+    with pytest.raises(
+        ProjectError, match="toy, cell 0, line .: a cell tagged `define` may only define"
+    ):
         notebooks.definitions("toy")
 
 
@@ -211,12 +284,22 @@ def test_unknown_and_broken_notebooks(project, tmp_path):
 
 @pytest.mark.parametrize("where", ["project", "notebooks", "elsewhere, with HW3_ROOT", "elsewhere"])
 def test_the_first_cell_finds_the_project(where, tmp_path):
-    code = next(cell.source for cell in notebooks.read("transfer_learning").cells if cell.cell_type == "code")
+    code = next(
+        cell.source
+        for cell in notebooks.read("transfer_learning").cells
+        if cell.cell_type == "code"
+    )
     folder = {"project": ROOT, "notebooks": ROOT / "notebooks"}.get(where, tmp_path)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("HW3_")} | (
-        {"HW3_ROOT": str(ROOT)} if "HW3_ROOT" in where else {})
-    done = subprocess.run([sys.executable, "-c", code + "\nimport src; print(src.ROOT)"], cwd=folder, env=environment,
-                          capture_output=True, text=True)
+        {"HW3_ROOT": str(ROOT)} if "HW3_ROOT" in where else {}
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code + "\nimport src; print(src.ROOT)"],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     if where == "elsewhere":
         assert done.returncode and "set HW3_ROOT to it, or start Jupyter inside it" in done.stderr
     else:
@@ -229,24 +312,40 @@ def test_the_first_cell_finds_the_project(where, tmp_path):
 @pytest.fixture(params=names())
 def committed(request):
     path = ROOT / "notebooks" / f"{request.param}.ipynb"
-    return path, nbformat.read(path, as_version=4), load_results(ROOT / "reports" / "results" / f"{request.param}.json")
+    return (
+        path,
+        nbformat.read(path, as_version=4),
+        load_results(ROOT / "reports" / "results" / f"{request.param}.json"),
+    )
 
 
 def test_committed_notebooks_were_run_on_the_real_data(committed):
     path, notebook, stored = committed
     check_order(notebook)
     assert not run.is_standin(notebook)
-    assert stored["profile"] == "cpu" and stored["standin"] is False and not stored["commit"].endswith("+changes")
+    assert (
+        stored["profile"] == "cpu"
+        and stored["standin"] is False
+        and not stored["commit"].endswith("+changes")
+    )
     assert path.stat().st_size < 6_000_000
 
 
 def test_the_readme_tells_how_long_it_took(committed):
     _, _, stored = committed
-    assert f"{stored['seconds'] / 60:.1f} minutes on {stored['machine']}" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"{stored['seconds'] / 60:.1f} minutes on {stored['machine']}" in (
+        ROOT / "README.md"
+    ).read_text(encoding="utf-8")
 
 
 def test_committed_outputs_show_no_machine_path(committed):
-    text = json.dumps([dict(output) for output in outputs(committed[1]) if "image/png" not in output.get("data", {})])
+    text = json.dumps(
+        [
+            dict(output)
+            for output in outputs(committed[1])
+            if "image/png" not in output.get("data", {})
+        ]
+    )
     assert not re.search(r"/(work|root|tmp|home|Users)/", text)
 
 
@@ -279,23 +378,55 @@ def test_committed_change_detection_shows_its_numbers_and_meets_its_bars():
     notebook = nbformat.read(ROOT / "notebooks" / "detect_change.ipynb", as_version=4)
     stored = load_results(ROOT / "reports" / "results" / "detect_change.json")
     metrics = stored["metrics"]
-    text = "\n".join(o.data["text/markdown"] for o in outputs(notebook) if "text/markdown" in o.get("data", {}))
-    for prefix in ("test", "test.network", "test.classical", "subtle", "subtle.network", "subtle.classical"):
-        value = {key: metrics[f"{prefix}.{key}"]["value"] for key in ("per_label_accuracy", "exact_match", "false_alarm_rate")}
-        assert "| " + " | ".join(f"{number:.2%}" for number in value.values()) + " |" in text, prefix
+    text = "\n".join(
+        o.data["text/markdown"] for o in outputs(notebook) if "text/markdown" in o.get("data", {})
+    )
+    for prefix in (
+        "test",
+        "test.network",
+        "test.classical",
+        "subtle",
+        "subtle.network",
+        "subtle.classical",
+    ):
+        value = {
+            key: metrics[f"{prefix}.{key}"]["value"]
+            for key in ("per_label_accuracy", "exact_match", "false_alarm_rate")
+        }
+        assert "| " + " | ".join(f"{number:.2%}" for number in value.values()) + " |" in text, (
+            prefix
+        )
     kept = load_results(ROOT / "reports" / "results" / "detect_change_other_machine.json")
-    assert kept["config"] == stored["config"] and kept["seeds"] == stored["seeds"], "shown side by side, they must be comparable"
+    assert kept["config"] == stored["config"] and kept["seeds"] == stored["seeds"], (
+        "shown side by side, they must be comparable"
+    )
     for i in range(5):
-        here, there = ([run["metrics"][f"ablation_{i}.{key}"]["value"] for key in ("val_estimate_loss", "val_accuracy")]
-                       for run in (stored, kept))
-        assert f"| {here[0]:.4f} | {here[1]:.2%} | " in text and f" min | {there[0]:.4f} | {100 * there[1]:.2f} % |" in text
+        here, there = (
+            [
+                run["metrics"][f"ablation_{i}.{key}"]["value"]
+                for key in ("val_estimate_loss", "val_accuracy")
+            ]
+            for run in (stored, kept)
+        )
+        assert (
+            f"| {here[0]:.4f} | {here[1]:.2%} | " in text
+            and f" min | {there[0]:.4f} | {100 * there[1]:.2f} % |" in text
+        )
     for prefix in ("test", "subtle"):
-        for key in ("displacement_error_px", "rotation_error_deg", "scale_error_pct", "network_loss"):
+        for key in (
+            "displacement_error_px",
+            "rotation_error_deg",
+            "scale_error_pct",
+            "network_loss",
+        ):
             low, high = metrics[f"{prefix}.{key}"]["ci95"]
             assert low < metrics[f"{prefix}.{key}"]["value"] < high, key
     assert stored["seconds"] <= 2400
     assert metrics["test.exact_match"]["n"] >= 2000 and metrics["subtle.exact_match"]["n"] >= 2000
-    assert metrics["test.per_label_accuracy"]["value"] >= 0.992 and metrics["test.exact_match"]["value"] >= 0.975
+    assert (
+        metrics["test.per_label_accuracy"]["value"] >= 0.992
+        and metrics["test.exact_match"]["value"] >= 0.975
+    )
     assert metrics["test.false_alarm_rate"]["value"] <= 0.02
     assert metrics["subtle.per_label_accuracy"]["value"] >= 0.9
     for name in ("second_image", "sharpness_among_changed"):
@@ -308,7 +439,9 @@ def test_committed_deformable_convolution_shows_its_numbers():
     notebook = nbformat.read(ROOT / "notebooks" / "deformable_convolution.ipynb", as_version=4)
     stored = load_results(ROOT / "reports" / "results" / "deformable_convolution.json")
     metrics = stored["metrics"]
-    text = "\n".join(o.data["text/markdown"] for o in outputs(notebook) if "text/markdown" in o.get("data", {}))
+    text = "\n".join(
+        o.data["text/markdown"] for o in outputs(notebook) if "text/markdown" in o.get("data", {})
+    )
     variants = notebooks.definitions("deformable_convolution").VARIANTS
     assert len(variants) >= 10 and len(stored["seeds"]) >= 3 and stored["seconds"] <= 1800
     for key, variant in variants.items():
@@ -321,9 +454,18 @@ def test_committed_deformable_convolution_shows_its_numbers():
                 shown.append(f"{scale * metric['value']:.{digits}f} ± {half:.{digits}f}")
                 assert metric["n"] == len(stored["seeds"])
         assert f"| {variant.title} | " + " | ".join(shown) + " |" in text, key
-    assert metrics["zero.test_accuracy"]["value"] == pytest.approx(metrics["plain.test_accuracy"]["value"], abs=0.03)
-    for name in ("plain.test_accuracy", "deformable.test_accuracy", "plain.test_mask_iou", "deformable.test_mask_iou",
-                 "rotation_gain", "mask_iou_gain"):
+    assert metrics["zero.test_accuracy"]["value"] == pytest.approx(
+        metrics["plain.test_accuracy"]["value"], abs=0.03
+    )
+    for name in (
+        "plain.test_accuracy",
+        "deformable.test_accuracy",
+        "plain.test_mask_iou",
+        "deformable.test_mask_iou",
+        "rotation_gain",
+        "mask_iou_gain",
+    ):
         assert metrics[name]["ci95"][0] <= metrics[name]["value"] <= metrics[name]["ci95"][1], name
-    assert metrics["deformable.test_mask_iou"]["value"] - metrics["plain.test_mask_iou"]["value"] == pytest.approx(
-        metrics["mask_iou_gain"]["value"])
+    assert metrics["deformable.test_mask_iou"]["value"] - metrics["plain.test_mask_iou"][
+        "value"
+    ] == pytest.approx(metrics["mask_iou_gain"]["value"])

@@ -33,9 +33,16 @@ def _gradient_features(images: np.ndarray) -> np.ndarray:
     grey = images.mean(axis=3)
     dy, dx = np.gradient(grey, axis=(1, 2))
     angle = np.arctan2(dy, dx) % np.pi
-    bins = [np.hypot(dx, dy) * (np.minimum(abs(angle - t), np.pi - abs(angle - t)) < np.pi / 8)
-            for t in np.arange(4) * np.pi / 4]
-    return np.sqrt(np.stack(bins, 1).reshape(len(images), 4, 8, 4, 8, 4).mean(axis=(3, 5)).reshape(len(images), -1))
+    bins = [
+        np.hypot(dx, dy) * (np.minimum(abs(angle - t), np.pi - abs(angle - t)) < np.pi / 8)
+        for t in np.arange(4) * np.pi / 4
+    ]
+    return np.sqrt(
+        np.stack(bins, 1)
+        .reshape(len(images), 4, 8, 4, 8, 4)
+        .mean(axis=(3, 5))
+        .reshape(len(images), -1)
+    )
 
 
 def test_cifar_is_learnable_but_not_by_mean_colour():
@@ -71,8 +78,14 @@ def test_coco_masks_agree_with_polygons_boxes_and_areas(scenes, capsys):
         assert mask.sum() == pytest.approx(annotation["area"], rel=0.1, abs=25)
         x, y, width, height = coco_mask.toBbox(coco_mask.encode(np.asfortranarray(mask)))
         assert (x, y, x + width, y + height) == pytest.approx(
-            (annotation["bbox"][0], annotation["bbox"][1], annotation["bbox"][0] + annotation["bbox"][2],
-             annotation["bbox"][1] + annotation["bbox"][3]), abs=2)
+            (
+                annotation["bbox"][0],
+                annotation["bbox"][1],
+                annotation["bbox"][0] + annotation["bbox"][2],
+                annotation["bbox"][1] + annotation["bbox"][3],
+            ),
+            abs=2,
+        )
 
 
 def test_coco_objects_are_painted_where_their_masks_are(scenes, capsys):
@@ -80,14 +93,18 @@ def test_coco_objects_are_painted_where_their_masks_are(scenes, capsys):
     coco = COCO(str(scenes / "annotations" / "instances_train2017.json"))
     differences = []
     for annotation in coco.anns.values():
-        image = np.asarray(Image.open(scenes / "train2017" / coco.imgs[annotation["image_id"]]["file_name"]), float)
+        image = np.asarray(
+            Image.open(scenes / "train2017" / coco.imgs[annotation["image_id"]]["file_name"]), float
+        )
         inside = coco.annToMask(annotation).astype(bool)
         x, y, width, height = (int(v) for v in annotation["bbox"])
         box = np.zeros_like(inside)
-        box[y:y + height, x:x + width] = True
+        box[y : y + height, x : x + width] = True
         outside = box & ~inside
         if outside.sum() > 50:
-            differences.append(np.abs(image[inside].mean(axis=0) - image[outside].mean(axis=0)).max())
+            differences.append(
+                np.abs(image[inside].mean(axis=0) - image[outside].mean(axis=0)).max()
+            )
     assert np.median(differences) > 25
 
 
@@ -95,7 +112,9 @@ def test_coco_has_a_crowd_and_known_categories(scenes):
     document = json.loads((scenes / "annotations" / "instances_train2017.json").read_text())
     assert sum(entry["iscrowd"] for entry in document["annotations"]) == 1
     assert len({entry["supercategory"] for entry in document["categories"]}) == 6
-    assert {entry["category_id"] for entry in document["annotations"]} <= {entry["id"] for entry in document["categories"]}
+    assert {entry["category_id"] for entry in document["annotations"]} <= {
+        entry["id"] for entry in document["categories"]
+    }
     ids = [entry["id"] for entry in document["annotations"]]
     assert len(set(ids)) == len(ids)
 
@@ -127,6 +146,11 @@ def test_natural_noise_falls_as_one_over_f():
 
 def test_photos_have_a_falling_spectrum(tmp_path):
     standin.write_photos(tmp_path / "photos", 4, 128, seed=1)
-    photos = [np.asarray(Image.open(file).convert("L"), float) for file in sorted((tmp_path / "photos").iterdir())]
-    assert [photo.shape for photo in photos] == [(128, 128)] * 4 and min(photo.std() for photo in photos) > 10
+    photos = [
+        np.asarray(Image.open(file).convert("L"), float)
+        for file in sorted((tmp_path / "photos").iterdir())
+    ]
+    assert [photo.shape for photo in photos] == [(128, 128)] * 4 and min(
+        photo.std() for photo in photos
+    ) > 10
     assert -1.8 < np.mean([_spectral_slope(photo) for photo in photos]) < -0.7

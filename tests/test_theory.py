@@ -14,18 +14,21 @@ from latex2mathml.converter import convert
 from torch import nn
 
 from src import ROOT
-from theory.accounting import output_size, summary, walk
+from src.accounting import output_size, summary, walk
 
 THEORY = ROOT / "theory"
 sys.path.insert(0, str(THEORY))
 
 # What is not a number of the argument: numbers of headings, citations, names, indices in formulas.
-STRUCTURE = re.compile(r"""^\#+\ \d(\.\d[a-c]?)?
+STRUCTURE = re.compile(
+    r"""^\#+\ \d(\.\d[a-c]?)?
     | \]\([^)]*\) | `[^`]*`
     | \b(?:in|of|as)\ \d\.\d[a-c]?\b | (?:Question|Practical)\ \d
     | \b(?:Sec|Fig)\.\ \d(\.\d)? | \bEq\.\ \d(\ and\ \d)?
     | \b20[12]\d[ab]?\b | ResNet-50 | DenseNet-121 | float32
-    | _\d | _\{\d(,\d)?\}""", re.X | re.M)
+    | _\d | _\{\d(,\d)?\}""",
+    re.X | re.M,
+)
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
 
@@ -36,9 +39,16 @@ def blanked(line: str) -> str:
 
 def check(text: str, expected: list[list]) -> list[str]:
     """Compares the numbers of the lines that hold any, in order, with what is expected; returns the disagreements."""
-    lines = [(n, found) for n, line in enumerate(text.split("\n"), 1) if (found := NUMBER.findall(blanked(line)))]
-    wrong = [f"line {n}: {found} in the file, {list(map(str, row))} computed"
-             for (n, found), row in zip(lines, expected) if found != list(map(str, row))]
+    lines = [
+        (n, found)
+        for n, line in enumerate(text.split("\n"), 1)
+        if (found := NUMBER.findall(blanked(line)))
+    ]
+    wrong = [
+        f"line {n}: {found} in the file, {list(map(str, row))} computed"
+        for (n, found), row in zip(lines, expected)
+        if found != list(map(str, row))
+    ]
     if len(lines) != len(expected):
         wrong.append(f"{len(lines)} lines with numbers in the file, {len(expected)} computed")
     return wrong
@@ -85,7 +95,10 @@ def expected_1() -> list[list]:
     accounts = {}
     for channels in (1, 3):
         for bias in (True, False):
-            full = summary([nn.Flatten(), nn.Linear(channels * side * side, classes, bias=bias)], (channels, *size))
+            full = summary(
+                [nn.Flatten(), nn.Linear(channels * side * side, classes, bias=bias)],
+                (channels, *size),
+            )
             slid = summary([nn.Conv2d(channels, classes, side, bias=bias)], (channels, *size))
             assert (full.parameters, full.macs) == (slid.parameters, slid.macs)
             assert full.output == slid.output[:1]
@@ -97,8 +110,12 @@ def expected_1() -> list[list]:
     padded = summary([nn.Conv2d(1, classes, side, padding=1)], (1, *size))
     small = summary([nn.Conv2d(1, classes, 3)], (1, *size))
     hidden = small.output[0] * small.output[1] * small.output[2]
-    pooled = summary([nn.Conv2d(1, classes, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()], (1, *size))
-    read = summary([nn.Conv2d(1, classes, 3), nn.ReLU(), nn.Flatten(), nn.Linear(hidden, classes)], (1, *size))
+    pooled = summary(
+        [nn.Conv2d(1, classes, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()], (1, *size)
+    )
+    read = summary(
+        [nn.Conv2d(1, classes, 3), nn.ReLU(), nn.Flatten(), nn.Linear(hidden, classes)], (1, *size)
+    )
     assert pooled.parameters == small.parameters and pooled.output == read.output == (classes,)
     saved = conv(1, classes, 3)
     return [
@@ -120,7 +137,16 @@ def expected_1() -> list[list]:
         bare,
         [grey.macs, colour.macs],
         [positions(grey)],
-        [12, 12, larger.parameters, *larger.output, positions(larger), values[0], 12 * 12, count(nn.Linear(12 * 12, classes))],
+        [
+            12,
+            12,
+            larger.parameters,
+            *larger.output,
+            positions(larger),
+            values[0],
+            12 * 12,
+            count(nn.Linear(12 * 12, classes)),
+        ],
         [grey.parameters, colour.parameters],
         [classes, 3, 3, saved, positions(small), classes],
         [positions(grey), grey.parameters, grey.macs],
@@ -140,20 +166,29 @@ def expected_2() -> list[list]:
     def network(bias: bool) -> list[nn.Module]:
         layers = []
         for channels in (colours, filters, filters):
-            layers += [nn.Conv2d(channels, filters, kernel, padding=padding, bias=bias), nn.MaxPool2d(2), nn.ReLU()]
+            layers += [
+                nn.Conv2d(channels, filters, kernel, padding=padding, bias=bias),
+                nn.MaxPool2d(2),
+                nn.ReLU(),
+            ]
         return layers
 
     body, bare = summary(network(True), (colours, n, n)), summary(network(False), (colours, n, n))
     flat = body.output[0] * body.output[1] * body.output[2]
     head, bare_head = count(nn.Linear(flat, classes)), count(nn.Linear(flat, classes, bias=False))
     whole = summary([*network(True), nn.Flatten(), nn.Linear(flat, classes)], (colours, n, n))
-    convs, pools = [row for row in body.rows if row.kind == "Conv2d"], [row for row in body.rows if row.kind == "MaxPool2d"]
+    convs, pools = (
+        [row for row in body.rows if row.kind == "Conv2d"],
+        [row for row in body.rows if row.kind == "MaxPool2d"],
+    )
     first = convs[0].output[0] * convs[0].output[1] * convs[0].output[2]
     weights = [row.parameters for row in bare.rows if row.kind == "Conv2d"]
     table = []
     for layer, (c, p, w) in enumerate(zip(convs, pools, weights), 1):
-        table += [[layer, *c.output, w, c.parameters - w, c.parameters, c.macs], [layer, *p.output, p.parameters, p.parameters,
-                                                                                 p.parameters, p.macs]]
+        table += [
+            [layer, *c.output, w, c.parameters - w, c.parameters, c.macs],
+            [layer, *p.output, p.parameters, p.parameters, p.parameters, p.macs],
+        ]
     # receptive field: by the recurrences, and by the gradient of a network with the same windows
     windows = [(kernel, 1, padding), (2, 2, 0)] * 3
     steps = walk(windows, n)
@@ -161,7 +196,11 @@ def expected_2() -> list[list]:
     for depth, (size, axis) in enumerate(steps, 1):
         index = size // 2
         assert gradient_span(same[:depth], n, index) == axis.span(index)
-        assert axis.jump == gradient_span(same[:depth], n, index + 1)[0] - gradient_span(same[:depth], n, index)[0]
+        assert (
+            axis.jump
+            == gradient_span(same[:depth], n, index + 1)[0]
+            - gradient_span(same[:depth], n, index)[0]
+        )
     (_, before), (last, after) = steps[-2:]
     assert whole.rows[-3].receptive_field.height == after == body.receptive_field.width
     low, high = (int(edge) for edge in after.span(0))
@@ -171,7 +210,26 @@ def expected_2() -> list[list]:
     recurrences, r, j, a = [], "1", "1", "0"
     for step, ((k, s, p), (_, axis)) in enumerate(zip(windows, steps)):
         new = [f"{axis.size:g}", f"{axis.jump:g}", f"{axis.start:g}"]
-        recurrences.append([step // 2 + 1, k, s, p, r, k - 1, j, new[0], j, s, new[1], a, f"{(k - 1) / 2:g}", p, j, new[2]])
+        recurrences.append(
+            [
+                step // 2 + 1,
+                k,
+                s,
+                p,
+                r,
+                k - 1,
+                j,
+                new[0],
+                j,
+                s,
+                new[1],
+                a,
+                f"{(k - 1) / 2:g}",
+                p,
+                j,
+                new[2],
+            ]
+        )
         r, j, a = new
     sizes = [f"{axis.size:g}" for _, axis in steps]
     field, jump = sizes[-1], f"{after.jump:g}"
@@ -183,14 +241,55 @@ def expected_2() -> list[list]:
         [2],
         [filters, kernel, kernel, padding, 1],
         [*convs[0].output, convs[0].parameters, weights[0]],
-        [n, 2, padding, kernel, 1, 1, n + 2 * padding - kernel, 1, output_size(n, kernel, 1, padding)],
-        [kernel, 2, colours, filters, filters, per_filter, filters, filters, per_filter * filters, filters, convs[0].parameters],
+        [
+            n,
+            2,
+            padding,
+            kernel,
+            1,
+            1,
+            n + 2 * padding - kernel,
+            1,
+            output_size(n, kernel, 1, padding),
+        ],
+        [
+            kernel,
+            2,
+            colours,
+            filters,
+            filters,
+            per_filter,
+            filters,
+            filters,
+            per_filter * filters,
+            filters,
+            convs[0].parameters,
+        ],
         [1, 1, 2, colours, first, filters],
         [filters, kernel, kernel, 1, padding, 2, 2, 2],
         [*body.output, body.parameters, bare.parameters],
-        [n, 2, 2, 1, *(row.output[1] for row in pools), filters, kernel, 2, filters, filters, filters, convs[1].parameters],
+        [
+            n,
+            2,
+            2,
+            1,
+            *(row.output[1] for row in pools),
+            filters,
+            kernel,
+            2,
+            filters,
+            filters,
+            filters,
+            convs[1].parameters,
+        ],
         *table,
-        [*body.output, bare.parameters, body.parameters - bare.parameters, body.parameters, body.macs],
+        [
+            *body.output,
+            bare.parameters,
+            body.parameters - bare.parameters,
+            body.parameters,
+            body.macs,
+        ],
         [2, 3, 2, convs[1].macs // convs[2].macs, (convs[1].output[1] // convs[2].output[1]) ** 2],
         [classes],
         [whole.parameters, body.parameters, head, flat, classes, bare.parameters + bare_head],
@@ -198,8 +297,16 @@ def expected_2() -> list[list]:
         [flat, classes, classes, head],
         [body.parameters, head, whole.parameters],
         [bare.parameters, bare_head, bare.parameters + bare_head],
-        [percent(head, whole.parameters), filters, classes, classes, count(nn.Linear(filters, classes)),
-         body.parameters + count(nn.Linear(filters, classes)), first, count(nn.Linear(first, classes, device="meta"))],
+        [
+            percent(head, whole.parameters),
+            filters,
+            classes,
+            classes,
+            count(nn.Linear(filters, classes)),
+            body.parameters + count(nn.Linear(filters, classes)),
+            first,
+            count(nn.Linear(first, classes, device="meta")),
+        ],
         [field, field, colours, f"{before.size:g}", f"{before.size:g}"],
         [0, 1, 1, 0],
         [1, 1, 2],
@@ -207,8 +314,32 @@ def expected_2() -> list[list]:
         [1, 1, 0],
         *recurrences,
         sizes,
-        [0, 1, 2, 1, 2, jump, -low, jump, high, 0, -low, high, -low, field, inside[0], inside[-1], len(inside), last,
-         len(inside) ** 2, last ** 2, field, field, colours, int(after.size) ** 2 * colours],
+        [
+            0,
+            1,
+            2,
+            1,
+            2,
+            jump,
+            -low,
+            jump,
+            high,
+            0,
+            -low,
+            high,
+            -low,
+            field,
+            inside[0],
+            inside[-1],
+            len(inside),
+            last,
+            len(inside) ** 2,
+            last**2,
+            field,
+            field,
+            colours,
+            int(after.size) ** 2 * colours,
+        ],
         [kernel, kernel, unpooled, unpooled, field, percent(after.size, n)],
     ]
 
@@ -227,7 +358,10 @@ def expected_3() -> list[list]:
 
     valid = [shrunk(n), shrunk(n) // 2, shrunk(shrunk(n) // 2), shrunk(shrunk(n) // 2) // 2]
     answer, bare = conv(first, second, k3), conv(first, second, k3, bias=False)
-    listed = [(c, d, conv(c, d, k3, bias=False), d, conv(c, d, k3)) for c, d in zip([colours, *levels], levels)]
+    listed = [
+        (c, d, conv(c, d, k3, bias=False), d, conv(c, d, k3))
+        for c, d in zip([colours, *levels], levels)
+    ]
     totals = [sum(row[column] for row in listed) for column in (2, 3, 4)]
 
     start, growth, layers, side = 32, 24, 3, 32
@@ -236,7 +370,9 @@ def expected_3() -> list[list]:
     class Dense(nn.Module):
         def __init__(self):
             super().__init__()
-            self.layers = nn.ModuleList(nn.Conv2d(c, growth, k3, padding=1, bias=False) for c in inputs)
+            self.layers = nn.ModuleList(
+                nn.Conv2d(c, growth, k3, padding=1, bias=False) for c in inputs
+            )
 
         def forward(self, x):
             for layer in self.layers:
@@ -259,8 +395,10 @@ def expected_3() -> list[list]:
 
     stored = [inputs[-1], sum(inputs), layers * out, layers * start]
     long = [start + growth * i for i in range(12)]
-    resnet, densenet = (summary(build(weights=None), (3, 224, 224)) for build in
-                        (torchvision.models.resnet50, torchvision.models.densenet121))
+    resnet, densenet = (
+        summary(build(weights=None), (3, 224, 224))
+        for build in (torchvision.models.resnet50, torchvision.models.densenet121)
+    )
     paths = [1]  # from each map to the block's output, from the last map backwards
     for _ in range(layers - 1):
         paths.append(1 + sum(paths))
@@ -270,16 +408,39 @@ def expected_3() -> list[list]:
         [2, 2, k3, k3],
         [1, 1, first],
         [n, n, *levels, *sides[:4], bottom, deepest, deepest],
-        [per_position, per_position, per_position ** 2],
-        [area, 2 * first, first, first, conv(2 * first, first, k3), area, first, first, first, conv(first, first, k3)],
-        [6, 6 * 6, per_position ** 2],
+        [per_position, per_position, per_position**2],
+        [
+            area,
+            2 * first,
+            first,
+            first,
+            conv(2 * first, first, k3),
+            area,
+            first,
+            first,
+            first,
+            conv(first, first, k3),
+        ],
+        [6, 6 * 6, per_position**2],
         [30],
         [n, n],
-        [deepest, deepest, deepest ** 2],
+        [deepest, deepest, deepest**2],
         [n, 2],
         *([d, s, s * s] for d, s in enumerate(sides)),
-        [bottom, bottom, deepest, deepest, bottom * deepest ** 2, n,
-         n, n - valid[0], *valid[:2], valid[1], valid[1] - valid[2], *valid[2:]],
+        [
+            bottom,
+            bottom,
+            deepest,
+            deepest,
+            bottom * deepest**2,
+            n,
+            n,
+            n - valid[0],
+            *valid[:2],
+            valid[1],
+            valid[1] - valid[2],
+            *valid[2:],
+        ],
         [2, n // deepest],
         [*levels, k3, k3],
         [answer, first, second, bare],
@@ -288,7 +449,13 @@ def expected_3() -> list[list]:
         [second, first],
         [first, second, answer, bare],
         [first, first, conv(first, first, k3), conv(first, first, k3, bias=False)],
-        [first, second, second, answer + conv(second, second, k3), bare + conv(second, second, k3, bias=False)],
+        [
+            first,
+            second,
+            second,
+            answer + conv(second, second, k3),
+            bare + conv(second, second, k3, bias=False),
+        ],
         *listed,
         totals,
         [listed[2][2] // listed[1][2], percent(listed[3][4], totals[2])],
@@ -305,8 +472,16 @@ def expected_3() -> list[list]:
         [out, layers, out, stored[2], size_of(stored[2])],
         [start, layers, start, stored[3], size_of(stored[3])],
         [out, f"{layers * wide / sum(dense):.1f}", start, start, len(long), sum(long), long[-1]],
-        [224, 224, resnet.parameters, resnet.macs, densenet.parameters, densenet.macs,
-         percent(densenet.parameters, resnet.parameters), percent(densenet.macs, resnet.macs)],
+        [
+            224,
+            224,
+            resnet.parameters,
+            resnet.macs,
+            densenet.parameters,
+            densenet.macs,
+            percent(densenet.parameters, resnet.parameters),
+            percent(densenet.macs, resnet.macs),
+        ],
         [1, 1],
         [1, 2, 1],
         [1],
@@ -317,8 +492,25 @@ def expected_3() -> list[list]:
         [layers],
         [*paths, 2],
         [sum(dense), layers * wide, out],
-        [1, 1, 4, k3, k3, 4, 4 * area, 2, area, f"{4 * area / (area - 4):.1f}",
-         growth, inputs[-1], bottleneck(inputs[-1]), dense[-1], 512, bottleneck(512), conv(512, growth, k3, bias=False)],
+        [
+            1,
+            1,
+            4,
+            k3,
+            k3,
+            4,
+            4 * area,
+            2,
+            area,
+            f"{4 * area / (area - 4):.1f}",
+            growth,
+            inputs[-1],
+            bottleneck(inputs[-1]),
+            dense[-1],
+            512,
+            bottleneck(512),
+            conv(512, growth, k3, bias=False),
+        ],
         [1, 1],
         [start, growth, *inputs, out],
         [first, second, third],
@@ -330,12 +522,17 @@ def expected_3() -> list[list]:
         [start, growth],
         [out, growth],
         [1],
-        *([i, start, i - 1, growth, c, growth, start, i, growth, c + growth] for i, c in enumerate(inputs, 1)),
+        *(
+            [i, start, i - 1, growth, c, growth, start, i, growth, c + growth]
+            for i, c in enumerate(inputs, 1)
+        ),
         [growth, start, out, layers, growth, layers * growth],
     ]
 
 
-GRID = [(u, v) for v in (-1, 0, 1) for u in (-1, 0, 1)]  # taps of a 3 × 3 filter row by row, x before y
+GRID = [
+    (u, v) for v in (-1, 0, 1) for u in (-1, 0, 1)
+]  # taps of a 3 × 3 filter row by row, x before y
 
 
 def hat(a, b):
@@ -346,13 +543,19 @@ def hat(a, b):
 def sample(image, x, y):
     """Bilinear interpolation as the sum over all pixels (Eq. 3); positions count from the middle of the image."""
     row, column = (torch.arange(n, dtype=image.dtype) - n // 2 for n in image.shape)
-    return hat(row, torch.as_tensor(y, dtype=image.dtype)) @ image @ hat(column, torch.as_tensor(x, dtype=image.dtype))
+    return (
+        hat(row, torch.as_tensor(y, dtype=image.dtype))
+        @ image
+        @ hat(column, torch.as_tensor(x, dtype=image.dtype))
+    )
 
 
 def turned_by(degrees, scale=1):
     """The linear map A: scale times the rotation; y points downwards."""
     angle = torch.deg2rad(torch.tensor(float(degrees), dtype=torch.float64))
-    return scale * torch.tensor([[angle.cos(), -angle.sin()], [angle.sin(), angle.cos()]], dtype=torch.float64)
+    return scale * torch.tensor(
+        [[angle.cos(), -angle.sin()], [angle.sin(), angle.cos()]], dtype=torch.float64
+    )
 
 
 def affine_offsets(a):
@@ -362,23 +565,46 @@ def affine_offsets(a):
 
 def response(image, weights, offsets):
     """The filter at the middle of the image, its taps moved by the offsets (Eq. 2)."""
-    return sum(w * sample(image, u + dx, v + dy) for w, (u, v), (dx, dy) in zip(weights, GRID, offsets.tolist()))
+    return sum(
+        w * sample(image, u + dx, v + dy)
+        for w, (u, v), (dx, dy) in zip(weights, GRID, offsets.tolist())
+    )
 
 
 def bars():
     """Weights of the filter for upright bars, and a long bar: upright, flat, diagonal (turned clockwise by 90 and 45 degrees)."""
     upright = torch.zeros(9, 9, dtype=torch.float64)
     upright[:, 4] = 1
-    return [2 if u == 0 else -1 for u, _ in GRID], upright, upright.rot90(), torch.eye(9, dtype=torch.float64).flip(1)
+    return (
+        [2 if u == 0 else -1 for u, _ in GRID],
+        upright,
+        upright.rot90(),
+        torch.eye(9, dtype=torch.float64).flip(1),
+    )
 
 
 def bar_table() -> list[list[int]]:
     """Rows of the worked example: tap, weight, upright and flat bar there, offset, sampled position, flat bar there."""
     weights, upright, flat, _ = bars()
     rows = []
-    for weight, (u, v), (dx, dy) in zip(weights, GRID, affine_offsets(turned_by(90)).round().int().tolist()):
+    for weight, (u, v), (dx, dy) in zip(
+        weights, GRID, affine_offsets(turned_by(90)).round().int().tolist()
+    ):
         x, y = u + dx, v + dy
-        rows.append([u, v, weight, sample(upright, u, v), sample(flat, u, v), dx, dy, x, y, sample(flat, x, y)])
+        rows.append(
+            [
+                u,
+                v,
+                weight,
+                sample(upright, u, v),
+                sample(flat, u, v),
+                dx,
+                dy,
+                x,
+                y,
+                sample(flat, x, y),
+            ]
+        )
     return [[int(value) for value in row] for row in rows]
 
 
@@ -401,17 +627,21 @@ def expected_4() -> list[list]:
     weights, upright, flat, diagonal = bars()
     table, turn = bar_table(), affine_offsets(turned_by(90))
     still = torch.zeros_like(turn)
-    before, lost, restored = (f"{float(response(image, weights, offsets)):g}" for image, offsets in
-                              ((upright, still), (flat, still), (flat, turn)))
+    before, lost, restored = (
+        f"{float(response(image, weights, offsets)):g}"
+        for image, offsets in ((upright, still), (flat, still), (flat, turn))
+    )
     middle = [abs(w) for w, (_, v) in zip(weights, GRID) if v == 0]  # what the flat bar lies under
     column = [w for w in weights if w > 0]
     between = response(diagonal, weights, affine_offsets(turned_by(45)))
-    stretched = response(diagonal, weights, affine_offsets(turned_by(45, 2 ** 0.5)))
+    stretched = response(diagonal, weights, affine_offsets(turned_by(45, 2**0.5)))
     radius, angle = 40, 30
     start = torch.tensor([radius, 0], dtype=torch.float64)
     moved = (turned_by(angle) @ start - start).norm()
     corners = torch.tensor([[10, 20], [30, 60]], dtype=torch.float64)
-    rho, beta = (torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (0.5, 0.25))
+    rho, beta = (
+        torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (0.5, 0.25)
+    )
     pixel = torch.arange(2, dtype=torch.float64)
     value = hat(pixel, beta) @ corners @ hat(pixel, rho)
     slopes = torch.autograd.grad(value, (rho, beta))
@@ -450,7 +680,7 @@ def expected_4() -> list[list]:
         [1, 1],
         [1, 1],
         [turn.numel() // taps * 3, turn.numel()],
-        [taps, 3, taps ** 3],
+        [taps, 3, taps**3],
         [0],
         [1],
         [2, 2, 1, radius, angle, 2, radius, angle // 2, f"{moved:.1f}"],
@@ -466,9 +696,25 @@ def expected_4() -> list[list]:
         [1, 1, 1, 1, 0, 1],
         [1],
         [1],
-        [f"{float(number):g}" for number in
-         (*corners.flatten(), rho, beta, value, 1 - beta, corners[0, 1] - corners[0, 0], beta, corners[1, 1] - corners[1, 0],
-          slopes[0], 1 - rho, corners[1, 0] - corners[0, 0], rho, corners[1, 1] - corners[0, 1], slopes[1])],
+        [
+            f"{float(number):g}"
+            for number in (
+                *corners.flatten(),
+                rho,
+                beta,
+                value,
+                1 - beta,
+                corners[0, 1] - corners[0, 0],
+                beta,
+                corners[1, 1] - corners[1, 0],
+                slopes[0],
+                1 - rho,
+                corners[1, 0] - corners[0, 0],
+                rho,
+                corners[1, 1] - corners[0, 1],
+                slopes[1],
+            )
+        ],
         [k, k, channels, channels, side, side, spots, 1, 1, 4],
         [0, *(branch.output[0] for branch in branches)],
         [main.parameters] * 3,
@@ -478,29 +724,57 @@ def expected_4() -> list[list]:
         [0, *(branch.macs for branch in branches)],
         [0, read, read],
         macs,
-        [n for out in (main, *branches) for n in (taps, channels, out.output[0], out.output[0], out.parameters)]
+        [
+            n
+            for out in (main, *branches)
+            for n in (taps, channels, out.output[0], out.output[0], out.parameters)
+        ]
         + [n for out in (main, *branches) for n in (spots, taps, channels, out.output[0], out.macs)]
         + [spots, taps, channels, 4, read],
-        [2, 4, 2 * taps + 4, channels, extra[0], 3, 4, 3 * taps + 4, channels, extra[1], 256,
-         *(percent(branch.macs + read, wide) for branch in branches),
-         groups, 2 * taps * groups, layer(2 * taps * groups).parameters],
+        [
+            2,
+            4,
+            2 * taps + 4,
+            channels,
+            extra[0],
+            3,
+            4,
+            3 * taps + 4,
+            channels,
+            extra[1],
+            256,
+            *(percent(branch.macs + read, wide) for branch in branches),
+            groups,
+            2 * taps * groups,
+            layer(2 * taps * groups).parameters,
+        ],
         [1, 1, 2, 1],
         [2, 1, 1, 1, 2, k, k, 1, fields[1], 2],
         [1, 1],
         [k, k],
-        *([d, field, field, taps, field ** 2] for d, field in fields.items()),
-        *([b, field, field, min(most, field ** 2)] + [field ** 2] * (field ** 2 > most) for b, field in bounded.items()),
+        *([d, field, field, taps, field**2] for d, field in fields.items()),
+        *(
+            [b, field, field, min(most, field**2)] + [field**2] * (field**2 > most)
+            for b, field in bounded.items()
+        ),
         [most],
         [1, 1, 2, stacked(bounded[2]), stacked(bounded[2]), stacked(fields[1]), stacked(fields[1])],
     ]
 
 
-FILES = {"1_fully_connected_vs_convolution.md": expected_1, "2_parameters_and_receptive_field.md": expected_2,
-         "3_unet_and_densenet.md": expected_3, "4_deformable_convolution.md": expected_4}
+FILES = {
+    "1_fully_connected_vs_convolution.md": expected_1,
+    "2_parameters_and_receptive_field.md": expected_2,
+    "3_unet_and_densenet.md": expected_3,
+    "4_deformable_convolution.md": expected_4,
+}
 # Numbers that the questions or the papers give, sizes of the examples, and the small constants of the formulas.
-GIVEN = {"1_fully_connected_vs_convolution.md": {10, 12}, "2_parameters_and_receptive_field.md": {10, 16, 128},
-         "3_unet_and_densenet.md": {6, 12, 24, 30, 32, 64, 128, 224, 256, 512, 1024},
-         "4_deformable_convolution.md": {0.1, 0.25, 0.5, 10, 16, 20, 30, 40, 45, 60, 64, 90, 256}}
+GIVEN = {
+    "1_fully_connected_vs_convolution.md": {10, 12},
+    "2_parameters_and_receptive_field.md": {10, 16, 128},
+    "3_unet_and_densenet.md": {6, 12, 24, 30, 32, 64, 128, 224, 256, 512, 1024},
+    "4_deformable_convolution.md": {0.1, 0.25, 0.5, 10, 16, 20, 30, 40, 45, 60, 64, 90, 256},
+}
 
 
 @pytest.fixture(scope="module")
@@ -519,8 +793,11 @@ def test_every_changed_digit_is_noticed(name, expected):
     text = (THEORY / name).read_text(encoding="utf-8")
     numbers = NUMBER.finditer("\n".join(map(blanked, text.split("\n"))))
     digits = [i for match in numbers for i in range(*match.span()) if text[i].isdigit()]
-    missed = [text[i - 20:i + 5] for i in digits
-              if not check(text[:i] + str((int(text[i]) + 1) % 10) + text[i + 1:], expected[name])]
+    missed = [
+        text[i - 20 : i + 5]
+        for i in digits
+        if not check(text[:i] + str((int(text[i]) + 1) % 10) + text[i + 1 :], expected[name])
+    ]
     print(f"{name}: {len(digits)} digits changed one by one, {len(digits) - len(missed)} noticed")
     assert len(digits) > 100 and not missed
 
@@ -528,8 +805,13 @@ def test_every_changed_digit_is_noticed(name, expected):
 @pytest.mark.parametrize("name", FILES)
 def test_no_derived_number_is_typed_into_this_test(name):
     allowed = GIVEN[name] | set(range(6))
-    typed = {node.value for node in ast.walk(ast.parse(inspect.getsource(FILES[name])))
-             if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)) and not isinstance(node.value, bool)}
+    typed = {
+        node.value
+        for node in ast.walk(ast.parse(inspect.getsource(FILES[name])))
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, (int, float))
+        and not isinstance(node.value, bool)
+    }
     assert typed <= allowed
 
 
@@ -558,15 +840,24 @@ def test_every_formula_converts_to_mathml_without_leftovers(name):
         assert "\\" not in shown and "merror" not in mathml, display or inline
 
 
-@pytest.mark.parametrize("name, parts", [("1_fully_connected_vs_convolution.md", 3), ("2_parameters_and_receptive_field.md", 4),
-                                         ("3_unet_and_densenet.md", 9), ("4_deformable_convolution.md", 4)])
+@pytest.mark.parametrize(
+    "name, parts",
+    [
+        ("1_fully_connected_vs_convolution.md", 3),
+        ("2_parameters_and_receptive_field.md", 4),
+        ("3_unet_and_densenet.md", 9),
+        ("4_deformable_convolution.md", 4),
+    ],
+)
 def test_every_part_has_answer_and_reason(name, parts):
     text = (THEORY / name).read_text(encoding="utf-8")
     sections = re.split(r"^#+ (?=\d\.\d)", text, flags=re.M)[1:]
     answered = [section for section in sections if "**Answer.**" in section]
     assert len(answered) == parts
     if parts > 3:
-        assert all(section.count("\n> *") == 1 and "**Why it matters.**" in section for section in answered)
+        assert all(
+            section.count("\n> *") == 1 and "**Why it matters.**" in section for section in answered
+        )
 
 
 def test_both_layers_of_question_1_are_the_same_function_and_learn_alike():
@@ -577,7 +868,10 @@ def test_both_layers_of_question_1_are_the_same_function_and_learn_alike():
         with torch.no_grad():
             slid.weight.copy_(full.weight.view(5, channels, 10, 10))
             slid.bias.copy_(full.bias)
-        images, labels = torch.randn(32, channels, 10, 10, dtype=torch.float64), torch.randint(5, (32,))
+        images, labels = (
+            torch.randn(32, channels, 10, 10, dtype=torch.float64),
+            torch.randint(5, (32,)),
+        )
         optimisers = [torch.optim.Adam(layer.parameters(), 0.01) for layer in (full, slid)]
         for _ in range(5):
             scores = full(images.flatten(1)), slid(images).flatten(1)
@@ -593,9 +887,14 @@ def test_both_layers_of_question_1_are_the_same_function_and_learn_alike():
 
 def test_without_a_nonlinearity_the_pooled_filter_sees_the_mean_patch_alone():
     torch.manual_seed(0)
-    layer, images = nn.Conv2d(1, 5, 3, dtype=torch.float64), torch.randn(4, 1, 10, 10, dtype=torch.float64)
+    layer, images = (
+        nn.Conv2d(1, 5, 3, dtype=torch.float64),
+        torch.randn(4, 1, 10, 10, dtype=torch.float64),
+    )
     patch = nn.functional.unfold(images, 3).mean(2)
-    torch.testing.assert_close(layer(images).mean((2, 3)), patch @ layer.weight.flatten(1).T + layer.bias)
+    torch.testing.assert_close(
+        layer(images).mean((2, 3)), patch @ layer.weight.flatten(1).T + layer.bias
+    )
 
 
 def test_the_dense_gradient_is_the_sum_over_all_paths():
@@ -607,8 +906,8 @@ def test_the_dense_gradient_is_the_sum_over_all_paths():
     x3 = torch.tanh(c @ torch.cat([x0, x1, x2]))
     e1, e2, e3 = torch.randn(3, 4, dtype=torch.float64)
     (gradient,) = torch.autograd.grad(e1 @ x1 + e2 @ x2 + e3 @ x3, x1)
-    j21 = (1 - x2 ** 2)[:, None] * b[:, 4:8]
-    j31, j32 = ((1 - x3 ** 2)[:, None] * c[:, part] for part in (slice(4, 8), slice(8, 12)))
+    j21 = (1 - x2**2)[:, None] * b[:, 4:8]
+    j31, j32 = ((1 - x3**2)[:, None] * c[:, part] for part in (slice(4, 8), slice(8, 12)))
     torch.testing.assert_close(gradient, e1 + j21.T @ e2 + j31.T @ e3 + j21.T @ j32.T @ e3)
 
 
@@ -620,7 +919,9 @@ def torchvision_offsets(offsets, n):
 def test_the_table_of_the_turned_bar_has_the_computed_signs():
     text = (THEORY / "4_deformable_convolution.md").read_text(encoding="utf-8")
     rows = [line for line in text.split("\n") if re.match(r"\| \(−?\d, −?\d\) \|", line)]
-    assert [[int(n) for n in re.findall(r"-?\d+", row.replace("−", "-"))] for row in rows] == bar_table()
+    assert [
+        [int(n) for n in re.findall(r"-?\d+", row.replace("−", "-"))] for row in rows
+    ] == bar_table()
     assert all([-u - v, u - v] == [dx, dy] for u, v, *_, dx, dy, _, _, _ in bar_table())
     grid = re.search(r"\\lbrace (.+) \\rbrace", text)[1]
     assert [tuple(map(int, pair)) for pair in re.findall(r"\((-?\d),(-?\d)\)", grid)] == GRID
@@ -629,44 +930,77 @@ def test_the_table_of_the_turned_bar_has_the_computed_signs():
 @pytest.mark.parametrize("quarters", [1, 2, 3])
 def test_offsets_of_the_rotation_restore_any_response_exactly(quarters):
     torch.manual_seed(0)
-    image, kernel = torch.randn(1, 2, 9, 9, dtype=torch.float64), torch.randn(4, 2, 3, 3, dtype=torch.float64)
-    turned = image.rot90(-quarters, (2, 3))  # clockwise: with y downwards, the positive direction of the angle
+    image, kernel = (
+        torch.randn(1, 2, 9, 9, dtype=torch.float64),
+        torch.randn(4, 2, 3, 3, dtype=torch.float64),
+    )
+    turned = image.rot90(
+        -quarters, (2, 3)
+    )  # clockwise: with y downwards, the positive direction of the angle
     offsets = torchvision_offsets(affine_offsets(turned_by(90 * quarters)), 9)
     plain, seen = (nn.functional.conv2d(x, kernel, padding=1) for x in (image, turned))
     restored = torchvision.ops.deform_conv2d(turned, offsets, kernel, padding=1)
-    torch.testing.assert_close(restored[..., 1:-1, 1:-1], plain.rot90(-quarters, (2, 3))[..., 1:-1, 1:-1])
+    torch.testing.assert_close(
+        restored[..., 1:-1, 1:-1], plain.rot90(-quarters, (2, 3))[..., 1:-1, 1:-1]
+    )
     assert (seen - plain.rot90(-quarters, (2, 3))).abs()[..., 1:-1, 1:-1].mean() > 1
 
 
 def test_the_closed_forms_of_the_offsets_and_the_claims_about_the_bar():
     torch.manual_seed(0)
-    image, kernel = torch.randn(1, 2, 13, 13, dtype=torch.float64), torch.randn(4, 2, 3, 3, dtype=torch.float64)
+    image, kernel = (
+        torch.randn(1, 2, 13, 13, dtype=torch.float64),
+        torch.randn(4, 2, 3, 3, dtype=torch.float64),
+    )
     for x_scale, y_scale in ((2, 2), (4, 4), (3, 1)):
         offsets = affine_offsets(torch.diag(torch.tensor([x_scale, y_scale], dtype=torch.float64)))
         assert offsets.tolist() == [[(x_scale - 1) * u, (y_scale - 1) * v] for u, v in GRID]
         torch.testing.assert_close(
-            torchvision.ops.deform_conv2d(image, torchvision_offsets(offsets, 13), kernel, padding=1),
-            nn.functional.conv2d(image, kernel, padding=(y_scale, x_scale), dilation=(y_scale, x_scale)))
+            torchvision.ops.deform_conv2d(
+                image, torchvision_offsets(offsets, 13), kernel, padding=1
+            ),
+            nn.functional.conv2d(
+                image, kernel, padding=(y_scale, x_scale), dilation=(y_scale, x_scale)
+            ),
+        )
     a = turned_by(33)
     for (u, v), offset in zip(GRID, affine_offsets(a)):
         cos, sin = a[0, 0], a[1, 0]
-        torch.testing.assert_close(offset, torch.stack([(cos - 1) * u - v * sin, u * sin + (cos - 1) * v]))
+        torch.testing.assert_close(
+            offset, torch.stack([(cos - 1) * u - v * sin, u * sin + (cos - 1) * v])
+        )
     weights, upright, flat, diagonal = bars()
     kernel = torch.tensor(weights, dtype=torch.float64).view(1, 1, 3, 3)
     assert nn.functional.conv2d(flat[None, None], kernel).abs().max() == 0  # no position responds
-    for degrees, image, scale in ((0, upright, 1), (90, flat, 1), (45, diagonal, 1), (45, diagonal, 2 ** 0.5)):
+    for degrees, image, scale in (
+        (0, upright, 1),
+        (90, flat, 1),
+        (45, diagonal, 1),
+        (45, diagonal, 2**0.5),
+    ):
         offsets = affine_offsets(turned_by(degrees, scale))
-        seen = torchvision.ops.deform_conv2d(image[None, None], torchvision_offsets(offsets, 9), kernel, padding=1)[0, 0, 4, 4]
+        seen = torchvision.ops.deform_conv2d(
+            image[None, None], torchvision_offsets(offsets, 9), kernel, padding=1
+        )[0, 0, 4, 4]
         torch.testing.assert_close(seen, response(image, weights, offsets))
 
 
 def test_the_derivatives_of_a_deformable_convolution_are_those_of_the_text():
     torch.manual_seed(0)
-    image, kernel = torch.randn(7, 7, dtype=torch.float64, requires_grad=True), torch.randn(9, dtype=torch.float64)
+    image, kernel = (
+        torch.randn(7, 7, dtype=torch.float64, requires_grad=True),
+        torch.randn(9, dtype=torch.float64),
+    )
     offsets = torch.randn(9, 2, dtype=torch.float64, requires_grad=True)
     mask = torch.rand(9, dtype=torch.float64, requires_grad=True)
-    given = dict(offset=torchvision_offsets(offsets, 7), mask=mask[None, :, None, None].expand(1, 9, 7, 7), padding=1)
-    y = torchvision.ops.deform_conv2d(image[None, None], weight=kernel.view(1, 1, 3, 3), **given)[0, 0, 3, 3]
+    given = dict(
+        offset=torchvision_offsets(offsets, 7),
+        mask=mask[None, :, None, None].expand(1, 9, 7, 7),
+        padding=1,
+    )
+    y = torchvision.ops.deform_conv2d(image[None, None], weight=kernel.view(1, 1, 3, 3), **given)[
+        0, 0, 3, 3
+    ]
     by_offset, by_mask, by_image = torch.autograd.grad(y, (offsets, mask, image))
     with torch.no_grad():
         spread, q = torch.zeros_like(image), torch.arange(7, dtype=torch.float64) - 3
@@ -674,8 +1008,12 @@ def test_the_derivatives_of_a_deformable_convolution_are_those_of_the_text():
             (px, py), factor = torch.tensor([u, v]) + offsets[k], kernel[k] * mask[k]
             torch.testing.assert_close(by_mask[k], kernel[k] * sample(image, px, py))
             spread += factor * hat(q, py)[:, None] * hat(q, px)
-            slope_x, slope_y = ((p < q) * (q < p + 1) * 1.0 - (p - 1 < q) * (q < p) * 1.0 for p in (px, py))
-            for direction, by_cases in enumerate((hat(q, py) @ image @ slope_x.double(), slope_y.double() @ image @ hat(q, px))):
+            slope_x, slope_y = (
+                (p < q) * (q < p + 1) * 1.0 - (p - 1 < q) * (q < p) * 1.0 for p in (px, py)
+            )
+            for direction, by_cases in enumerate(
+                (hat(q, py) @ image @ slope_x.double(), slope_y.double() @ image @ hat(q, px))
+            ):
                 torch.testing.assert_close(by_offset[k, direction], factor * by_cases)
         torch.testing.assert_close(by_image, spread)
 
@@ -698,13 +1036,16 @@ def test_the_figures_show_the_computed_numbers_and_are_reproducible(tmp_path, mo
     fields = [f"{axis.size:g}" for _, axis in walk([(5, 1, 2), (2, 2)] * 3, 128)]
     assert [label for label in shown("2_receptive_field") if label.isdigit()][:6] == fields
     unet = "\n".join(shown("3_unet"))
-    for channels, side in zip((64, 128, 256, 512, 1024), (256 // 2 ** d for d in range(5))):
+    for channels, side in zip((64, 128, 256, 512, 1024), (256 // 2**d for d in range(5))):
         assert f"{channels} × {side} × {side}" in unet
     assert [label for label in shown("3_dense_block") if label.endswith("channels")] == [
-        f"{32 + 24 * layer} channels" for layer in range(4)]
+        f"{32 + 24 * layer} channels" for layer in range(4)
+    ]
     assert {"regular grid", "dilation 2", "free offsets"} <= set(shown("deformable_sampling"))
     make_figures.draw_all(tmp_path)
-    assert sorted(path.name for path in THEORY.glob("figures/*")) == sorted(path.name for path in tmp_path.iterdir())
+    assert sorted(path.name for path in THEORY.glob("figures/*")) == sorted(
+        path.name for path in tmp_path.iterdir()
+    )
     first = (tmp_path / "3_dense_block.svg").read_bytes()
     monkeypatch.setattr(make_figures, "FIGURES", {"3_dense_block": make_figures.dense_block})
     make_figures.draw_all(tmp_path)
@@ -719,16 +1060,24 @@ def test_the_measured_claims_about_gradients_hold():
 
     torch.set_num_threads(1)
     metrics = load_results(ROOT / "reports" / "results" / "theory_gradients.json")["metrics"]
-    stored = {(setting, kind): metrics[f"{setting}.{kind}.layer_01"] for setting in ("default", "batchnorm_he")
-              for kind in ("plain", "residual", "dense")}
+    stored = {
+        (setting, kind): metrics[f"{setting}.{kind}.layer_01"]
+        for setting in ("default", "batchnorm_he")
+        for kind in ("plain", "residual", "dense")
+    }
     assert stored["default", "plain"]["ci95"][1] < -6
-    assert abs(stored["default", "dense"]["value"]) < 0.3 and stored["default", "residual"]["ci95"][0] > 0.5
+    assert (
+        abs(stored["default", "dense"]["value"]) < 0.3
+        and stored["default", "residual"]["ci95"][0] > 0.5
+    )
     assert stored["batchnorm_he", "plain"]["ci95"][0] > 1
     assert all(abs(stored["batchnorm_he", kind]["value"]) < 0.6 for kind in ("residual", "dense"))
     for (setting, kind), metric in stored.items():
         fresh = make_figures.gradient_profile(kind, setting == "batchnorm_he", seed=100)[0]
         low, high = metric["ci95"]
-        assert abs(fresh - metric["value"]) < 6 * (high - low)  # a single seed scatters more than the mean of several
+        assert abs(fresh - metric["value"]) < 6 * (
+            high - low
+        )  # a single seed scatters more than the mean of several
 
 
 def test_a_missing_measurement_is_reported_in_one_line(tmp_path, monkeypatch):

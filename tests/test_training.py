@@ -30,20 +30,36 @@ def train(folder, model=None, epochs=4, stop_after=None, seed=3, validate=None):
             raise KeyboardInterrupt
         done += 1
         logits = model(X[index])
-        return nn.functional.cross_entropy(logits, Y[index]), {"accuracy": (logits.argmax(1) == Y[index]).float().mean()}, len(index)
+        return (
+            nn.functional.cross_entropy(logits, Y[index]),
+            {"accuracy": (logits.argmax(1) == Y[index]).float().mean()},
+            len(index),
+        )
 
     def on_all():
         return {"loss": nn.functional.cross_entropy(model(X), Y).item()}
 
     history = training.fit(
-        "toy", model, optimiser, lambda epoch: torch.randperm(30).split(8), step, validate or on_all, epochs=epochs, seed=seed,
-        runtime=RUNTIME, monitor="val_loss", lr_schedule=schedule, checkpoint_dir=folder,
+        "toy",
+        model,
+        optimiser,
+        lambda epoch: torch.randperm(30).split(8),
+        step,
+        validate or on_all,
+        epochs=epochs,
+        seed=seed,
+        runtime=RUNTIME,
+        monitor="val_loss",
+        lr_schedule=schedule,
+        checkpoint_dir=folder,
     )
     return model, history
 
 
 def numbers(history):
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in history.epochs]
+    return [
+        {key: value for key, value in row.items() if key != "seconds"} for row in history.epochs
+    ]
 
 
 def test_it_learns_and_leaves_no_checkpoint(tmp_path):
@@ -75,7 +91,10 @@ def test_interrupted_and_resumed_ends_with_the_same_numbers(tmp_path, stop_after
     resumed_model, resumed = train(tmp_path / "cut")
     assert f"goes on after epoch {stop_after // 4} of 4" in capsys.readouterr().out
     assert numbers(resumed) == numbers(whole) and resumed.best_epoch == whole.best_epoch
-    assert all(torch.equal(a, b) for a, b in zip(whole_model.state_dict().values(), resumed_model.state_dict().values()))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(whole_model.state_dict().values(), resumed_model.state_dict().values())
+    )
 
 
 def test_a_checkpoint_of_another_model_or_seed_is_not_continued(tmp_path, capsys):
@@ -125,7 +144,9 @@ def test_saved_models_load_and_stay_close(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["model.pt"]
     plain = tmp_path / "plain"
     plain.touch()
-    assert path.stat().st_mode == plain.stat().st_mode, "readable by those who may read any new file"
+    assert path.stat().st_mode == plain.stat().st_mode, (
+        "readable by those who may read any new file"
+    )
 
 
 def test_loading_says_what_is_wrong(tmp_path):
@@ -135,7 +156,10 @@ def test_loading_says_what_is_wrong(tmp_path):
     with pytest.raises(ProjectError, match="text.pt is not a model file"):
         training.load_model(make(), tmp_path / "text.pt")
     training.save_model(make(width=6), tmp_path / "other.pt")
-    with pytest.raises(ProjectError, match=r"other.pt comes from another model \(3 entries differ, first '0.bias'\)"):
+    with pytest.raises(
+        ProjectError,
+        match=r"other.pt comes from another model \(3 entries differ, first '0.bias'\)",
+    ):
         training.load_model(make(), tmp_path / "other.pt")
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from src import ProjectError, backbones
 from src.device import Runtime
-from src.notebooks import definitions
+from tools.notebooks import definitions
 
 nb = definitions("transfer_learning")
 CPU = Runtime(torch.device("cpu"), autocast=False)
@@ -25,7 +25,9 @@ class TinyExtractor(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.ReLU())
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.ReLU()
+        )
 
     def forward(self, x):
         return self.body(x).mean(dim=(2, 3))
@@ -64,12 +66,18 @@ def by_hand(anchor, positive, negative, margin):
 @pytest.mark.parametrize("margin", [0.05, 0.3, 1.0, 5.0])
 @pytest.mark.parametrize("seed", range(3))
 def test_triplet_loss_is_its_formula_and_the_librarys(margin, seed):
-    a, p, n = torch.randn(3, 9, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+    a, p, n = torch.randn(
+        3, 9, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    ).requires_grad_()
     loss, right_order = nb.triplet_loss(a, p, n, margin)
     library = nn.TripletMarginLoss(margin)(a, p, n)
     assert loss.item() == pytest.approx(by_hand(a, p, n, margin), abs=1e-12)
-    assert loss.item() == pytest.approx(library.item(), abs=1e-5)  # the library adds 1e-6 to every difference
-    assert right_order.item() == pytest.approx(((a - p).norm(dim=1) < (a - n).norm(dim=1)).double().mean().item())
+    assert loss.item() == pytest.approx(
+        library.item(), abs=1e-5
+    )  # the library adds 1e-6 to every difference
+    assert right_order.item() == pytest.approx(
+        ((a - p).norm(dim=1) < (a - n).norm(dim=1)).double().mean().item()
+    )
 
 
 def test_triplet_gradient_is_the_librarys_and_finite_at_zero_distance():
@@ -174,7 +182,9 @@ def test_augmentation_mirrors_and_shifts_within_its_bounds():
     torch.manual_seed(0)
     y = nb.prepare(x, 32, True, config(max_shift=2.0))[:, 0]
     grid = torch.arange(32.0)
-    centre_x, centre_y = ((y * g).sum(dim=(1, 2)) / y.sum(dim=(1, 2)) for g in (grid, grid[:, None]))
+    centre_x, centre_y = (
+        (y * g).sum(dim=(1, 2)) / y.sum(dim=(1, 2)) for g in (grid, grid[:, None])
+    )
     mirrored = centre_x < 15.5
     assert 0.35 < mirrored.float().mean() < 0.65
     offset = torch.where(mirrored, centre_x - 7.5, centre_x - 23.5)
@@ -206,12 +216,19 @@ def test_a_half_frozen_network_is_noticed():
     network, (x, y) = tiny_network(), images(12)
     network.extractor.requires_grad_(False)
     changed = nb.changed_entries(network, x, y, config(), 32)
-    assert {name.rsplit(".", 1)[1] for name in changed} == {"running_mean", "running_var", "num_batches_tracked"}
+    assert {name.rsplit(".", 1)[1] for name in changed} == {
+        "running_mean",
+        "running_var",
+        "num_batches_tracked",
+    }
 
 
 def test_training_keeps_the_pretrained_statistics_unless_told_otherwise():
     x = torch.rand(4, 3, 16, 16)
-    for keeps, network in ((True, tiny_network()), (False, nb.TransferNet(TinyExtractor(), train_statistics=True))):
+    for keeps, network in (
+        (True, tiny_network()),
+        (False, nb.TransferNet(TinyExtractor(), train_statistics=True)),
+    ):
         before = network.extractor.body[1].running_mean.clone()
         network.train()(x)
         assert torch.equal(network.extractor.body[1].running_mean, before) == keeps
@@ -224,7 +241,10 @@ def test_batch_statistics_are_those_of_the_images_and_no_weight_moves():
     with torch.no_grad():
         maps = extractor.body[0](nb.prepare(x, 32, False, config()))
     assert torch.allclose(adapted.body[1].running_mean, maps.mean(dim=(0, 2, 3)), atol=1e-5)
-    assert torch.equal(adapted.body[0].weight, extractor.body[0].weight) and extractor.body[1].running_mean.abs().max() == 0
+    assert (
+        torch.equal(adapted.body[0].weight, extractor.body[0].weight)
+        and extractor.body[1].running_mean.abs().max() == 0
+    )
 
 
 def test_classifier_training_leaves_the_extractor_alone(monkeypatch, tmp_path):
@@ -232,38 +252,57 @@ def test_classifier_training_leaves_the_extractor_alone(monkeypatch, tmp_path):
     network, train, val = tiny_network(), images(40), images(12, seed=1)
     before = copy.deepcopy(network.state_dict())
     nb.train_classifier("test", network, train, val, config(fc_epochs=3, fc_lr=0.1), CPU)
-    changed = {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
+    changed = {
+        name for name, value in network.state_dict().items() if not torch.equal(value, before[name])
+    }
     assert changed == {"fc.weight", "fc.bias"}
 
 
 # --- trainings
 
 
-@pytest.mark.parametrize("method", ["train_cross_entropy", "train_triplet", "train_joint", "train_batch_hard"])
+@pytest.mark.parametrize(
+    "method", ["train_cross_entropy", "train_triplet", "train_joint", "train_batch_hard"]
+)
 def test_each_training_learns_what_it_is_for(method, monkeypatch, tmp_path):
     monkeypatch.setattr("src.training.ROOT", tmp_path)
     network, train, val = tiny_network(), images(90), images(30, seed=1)
     before = copy.deepcopy(network.state_dict())
-    settings = config(image_sizes=(32,) * 4, hard_sizes=(32,) * 4, lr=0.02, hard_lr=0.02, batch_size=12)
+    settings = config(
+        image_sizes=(32,) * 4, hard_sizes=(32,) * 4, lr=0.02, hard_lr=0.02, batch_size=12
+    )
     history = getattr(nb, method)(network, train, val, settings, CPU)
-    changed = {name.split(".")[0] for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
+    changed = {
+        name.split(".")[0]
+        for name, value in network.state_dict().items()
+        if not torch.equal(value, before[name])
+    }
     alone = method in ("train_triplet", "train_batch_hard")
     assert changed == ({"extractor"} if alone else {"extractor", "fc"})
     score = history.column("val_right_order" if alone else "val_accuracy")
     assert score[history.best_epoch - 1] >= 0.9
     if method == "train_joint":
         for row in history.epochs:
-            assert row["train_loss"] == pytest.approx(row["train_triplet"] + row["train_cross_entropy"], abs=1e-5)
-            assert row["val_loss"] == pytest.approx(row["val_triplet"] + row["val_cross_entropy"], abs=1e-5)
+            assert row["train_loss"] == pytest.approx(
+                row["train_triplet"] + row["train_cross_entropy"], abs=1e-5
+            )
+            assert row["val_loss"] == pytest.approx(
+                row["val_triplet"] + row["val_cross_entropy"], abs=1e-5
+            )
 
 
 @pytest.mark.parametrize("backbone", backbones.BACKBONES)
 def test_the_gpu_networks_take_a_training_step_on_the_cpu(backbone, monkeypatch, tmp_path):
     """At a small size, in the gpu profile's precision: nothing of it may break where no GPU is at hand."""
     monkeypatch.setattr("src.training.ROOT", tmp_path)
-    settings = nb.Config(**asdict(nb.CONFIGS["gpu"]) | dict(backbone=backbone, image_sizes=(32,), batch_size=6))
+    settings = nb.Config(
+        **asdict(nb.CONFIGS["gpu"]) | dict(backbone=backbone, image_sizes=(32,), batch_size=6)
+    )
     network = nb.make_network(settings, GPU_ON_CPU, pretrained=False)
-    assert network.extractor.name == backbone and network.fc.in_features == network.extractor.feature_size
+    assert (
+        network.extractor.name == backbone
+        and network.fc.in_features == network.extractor.feature_size
+    )
     history = nb.train_joint(network, images(12), images(6), settings, GPU_ON_CPU)
     assert all(math.isfinite(value) for value in history.epochs[0].values())
 
@@ -294,7 +333,10 @@ def test_features_do_not_depend_on_the_batch_or_the_mode():
 def test_neighbour_vote_by_hand():
     references = torch.tensor([[0.0], [0.1], [0.2], [1.0], [1.1], [1.2]])
     labels = torch.tensor([0, 0, 1, 1, 1, 0])
-    assert nb.neighbour_vote(torch.tensor([[0.0], [1.05]]), references, labels, 3).tolist() == [0, 1]
+    assert nb.neighbour_vote(torch.tensor([[0.0], [1.05]]), references, labels, 3).tolist() == [
+        0,
+        1,
+    ]
 
 
 def test_principal_components_find_the_long_axis():
@@ -306,9 +348,11 @@ def test_principal_components_find_the_long_axis():
 
 
 def test_every_field_of_the_config_is_explained():
-    from src.notebooks import read
+    from tools.notebooks import read
 
-    source = next(cell.source for cell in read("transfer_learning").cells if "class Config" in cell.source)
+    source = next(
+        cell.source for cell in read("transfer_learning").cells if "class Config" in cell.source
+    )
     lines = {line.split(":")[0].strip(): line for line in source.splitlines()}
     assert all("#" in lines[field.name] for field in fields(nb.Config))
     assert set(nb.CONFIGS) == {"smoke", "demo", "cpu", "gpu"}

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 import torchvision
 
 from src import ROOT, ProjectError, device, results
-from src.notebooks import definitions
+from tools.notebooks import definitions
 
 SLOW = ("readable", "grid_sample")  # take part in every second round
 
@@ -30,7 +30,10 @@ SLOW = ("readable", "grid_sample")  # take part in every second round
 @dataclass(frozen=True)
 class Config:
     shapes: tuple[tuple[int, int, int, int], ...] = (  # batch, in, out, side
-        (8, 64, 64, 56), (8, 128, 128, 28), (32, 64, 64, 32), (1, 256, 256, 56),
+        (8, 64, 64, 56),
+        (8, 128, 128, 28),
+        (32, 64, 64, 32),
+        (1, 256, 256, 56),
     )
     rounds: int = 7  # measured, after one round that warms up
     threads: int = 2  # on the CPU
@@ -41,13 +44,19 @@ class Config:
 def grid_sample_convolution(input, offset, weight):
     """The obvious version of a 3x3 deformable convolution with padding 1: `grid_sample`, then a matrix product."""
     batch, _, height, width = input.shape
-    y, x, taps = (torch.arange(n, dtype=input.dtype, device=input.device) for n in (height, width, 9))
+    y, x, taps = (
+        torch.arange(n, dtype=input.dtype, device=input.device) for n in (height, width, 9)
+    )
     shift = offset.view(batch, 9, 2, height, width)
     y = y[:, None] + (taps // 3 - 1)[:, None, None] + shift[:, :, 0]  # (N, 9, H, W)
     x = x + (taps % 3 - 1)[:, None, None] + shift[:, :, 1]
     grid = torch.stack([2 * x / (width - 1) - 1, 2 * y / (height - 1) - 1], dim=-1).flatten(1, 2)
-    samples = F.grid_sample(input, grid, mode="bilinear", padding_mode="zeros", align_corners=True)  # (N, C, 9 * H, W)
-    return (weight.flatten(1) @ samples.view(batch, -1, height * width)).view(batch, -1, height, width)
+    samples = F.grid_sample(
+        input, grid, mode="bilinear", padding_mode="zeros", align_corners=True
+    )  # (N, C, 9 * H, W)
+    return (weight.flatten(1) @ samples.view(batch, -1, height * width)).view(
+        batch, -1, height, width
+    )
 
 
 def contenders():
@@ -58,7 +67,9 @@ def contenders():
         "ours": functools.partial(fast.deform_conv2d, padding=1),
         "torchvision": functools.partial(torchvision.ops.deform_conv2d, padding=1),
         "conv": lambda input, offset, weight: F.conv2d(input, weight, padding=1),
-        "readable": functools.partial(readable.deform_conv2d, padding=1),  # the notebook's `sampled_product`
+        "readable": functools.partial(
+            readable.deform_conv2d, padding=1
+        ),  # the notebook's `sampled_product`
         "grid_sample": grid_sample_convolution,
     }
 
@@ -69,14 +80,18 @@ def inputs(shape, config, runtime):
     generator = torch.Generator().manual_seed(config.seed)
     sizes = (batch, channels, side, side), (batch, 18, side, side), (out_channels, channels, 3, 3)
     scales = 1.0, config.offset_std, (9 * channels) ** -0.5
-    tensors = [torch.randn(size, generator=generator).mul_(scale) for size, scale in zip(sizes, scales)]
+    tensors = [
+        torch.randn(size, generator=generator).mul_(scale) for size, scale in zip(sizes, scales)
+    ]
     return [tensor.to(runtime.device).requires_grad_() for tensor in tensors]
 
 
 def forward_and_backward(function, tensors):
     """Computes the result and its gradients with respect to all tensors that it depends on."""
     out = function(*tensors)
-    torch.autograd.grad(out, tensors, torch.ones_like(out), allow_unused=True)  # the ordinary convolution has no offset
+    torch.autograd.grad(
+        out, tensors, torch.ones_like(out), allow_unused=True
+    )  # the ordinary convolution has no offset
 
 
 def name_of(shape):
@@ -108,7 +123,9 @@ def _status(key):
 def own_peak(name, shape, config, runtime):
     """Megabytes that one call takes above what stood before it; on the CPU only right in a process that has done little else."""
     function = contenders()[name]
-    forward_and_backward(function, inputs((1, *shape[1:3], 4), config, runtime))  # what a library loads once is not counted
+    forward_and_backward(
+        function, inputs((1, *shape[1:3], 4), config, runtime)
+    )  # what a library loads once is not counted
     tensors = inputs(shape, config, runtime)
     if runtime.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(runtime.device)
@@ -116,7 +133,9 @@ def own_peak(name, shape, config, runtime):
         forward_and_backward(function, tensors)
         return (torch.cuda.max_memory_allocated(runtime.device) - before) / 1e6
     with contextlib.suppress(AttributeError, OSError, TypeError):  # only glibc has it
-        ctypes.CDLL(None).malloc_trim(0)  # else the call could use freed pages that still count as the process's own
+        ctypes.CDLL(None).malloc_trim(
+            0
+        )  # else the call could use freed pages that still count as the process's own
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
     before = _status("VmRSS")
     forward_and_backward(function, tensors)
@@ -127,7 +146,16 @@ def peak_megabytes(name, shape, config, runtime):
     """Peak memory of one call in megabytes, None where the system does not tell it; on the CPU in a fresh process."""
     if runtime.device.type == "cuda":
         return own_peak(name, shape, config, runtime)
-    command = [sys.executable, "-m", "tools.bench", "--peak", name, name_of(shape), "--threads", str(config.threads)]
+    command = [
+        sys.executable,
+        "-m",
+        "tools.bench",
+        "--peak",
+        name,
+        name_of(shape),
+        "--threads",
+        str(config.threads),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     try:
         return float(done.stdout.split()[-1])
@@ -157,16 +185,26 @@ def measures(shapes, seconds, peaks):
     for shape in map(name_of, shapes):
         rounds = seconds[shape]
         for name in rounds:
-            add(f"{shape}.{name}_seconds", [value for value in rounds[name] if value is not None], "seconds")
+            add(
+                f"{shape}.{name}_seconds",
+                [value for value in rounds[name] if value is not None],
+                "seconds",
+            )
             for other in ("ours", "conv"):
                 if name != other:
-                    ratios = [a / b for a, b in zip(rounds[name], rounds[other]) if a is not None and b is not None]
+                    ratios = [
+                        a / b
+                        for a, b in zip(rounds[name], rounds[other])
+                        if a is not None and b is not None
+                    ]
                     add(f"{shape}.{name}_over_{other}", ratios, "ratio")
             if (shape, name) in peaks:
                 metrics[f"{shape}.{name}_peak_mb"] = results.single(peaks[shape, name], "megabytes")
     for ratio in ("ours_over_conv", "torchvision_over_ours"):
         logarithms = [math.log(metrics[f"{name_of(shape)}.{ratio}"]["value"]) for shape in shapes]
-        metrics[f"geometric_mean.{ratio}"] = results.single(math.exp(np.mean(logarithms)), "ratio") | {"n": len(shapes)}
+        metrics[f"geometric_mean.{ratio}"] = results.single(
+            math.exp(np.mean(logarithms)), "ratio"
+        ) | {"n": len(shapes)}
     return metrics
 
 
@@ -176,14 +214,31 @@ def table(shapes, names, metrics):
     def value(name, factor=1.0, digits=2):
         return f"{factor * metrics[name]['value']:.{digits}f}" if name in metrics else "–"
 
-    columns = "batch x in x out x side", "contender", "median (ms)", "quartiles (ms)", "peak (MB)", "time / ours", "time / conv"
+    columns = (
+        "batch x in x out x side",
+        "contender",
+        "median (ms)",
+        "quartiles (ms)",
+        "peak (MB)",
+        "time / ours",
+        "time / conv",
+    )
     rows = ["| " + " | ".join(columns) + " |", "|---|---|" + "---:|" * 5]
     for shape in map(name_of, shapes):
         for name in names:
             key = f"{shape}.{name}"
             quartiles = " to ".join(value(f"{key}_seconds_{q}", 1000) for q in ("q1", "q3"))
-            ratios = ["1" if name == other else value(f"{key}_over_{other}") for other in ("ours", "conv")]
-            cells = shape, name, value(f"{key}_seconds", 1000), quartiles, value(f"{key}_peak_mb", digits=0), *ratios
+            ratios = [
+                "1" if name == other else value(f"{key}_over_{other}") for other in ("ours", "conv")
+            ]
+            cells = (
+                shape,
+                name,
+                value(f"{key}_seconds", 1000),
+                quartiles,
+                value(f"{key}_peak_mb", digits=0),
+                *ratios,
+            )
             rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
 
@@ -195,7 +250,9 @@ def run(config, runtime, memory=True):
     try:
         torch.set_num_threads(config.threads)
         print(f"Forward and backward, 3x3, {runtime.describe()}, {config.rounds} rounds.")
-        print("readable is the notebook's sampled_product; peak is the memory that one call takes beside its inputs.")
+        print(
+            "readable is the notebook's sampled_product; peak is the memory that one call takes beside its inputs."
+        )
         for shape in config.shapes:
             seconds[name_of(shape)] = time_shape(functions, shape, config, runtime)
             for name in functions if memory else ():
@@ -205,22 +262,45 @@ def run(config, runtime, memory=True):
         metrics = measures(config.shapes, seconds, peaks)
         print(table(config.shapes, functions, metrics))
         if not peaks:
-            print("Peak memory was not measured" + (": this system does not tell it." if memory else "."))
+            print(
+                "Peak memory was not measured"
+                + (": this system does not tell it." if memory else ".")
+            )
         for ratio in ("ours_over_conv", "torchvision_over_ours"):
             mean = metrics[f"geometric_mean.{ratio}"]["value"]
             print(f"geometric mean over the shapes, {ratio.replace('_', ' ')}: {mean:.2f}")
-        return results.save_results("deformable_benchmark", metrics, profile="bench", source=None, runtime=runtime,
-                                    seeds=[config.seed], seconds=clock.lap(), config=config)
+        return results.save_results(
+            "deformable_benchmark",
+            metrics,
+            profile="bench",
+            source=None,
+            runtime=runtime,
+            seeds=[config.seed],
+            seconds=clock.lap(),
+            config=config,
+        )
     finally:
         torch.set_num_threads(threads)
 
 
 def main(arguments=None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.bench", description="Times deformable convolution.")
-    parser.add_argument("--peak", nargs=2, metavar=("CONTENDER", "SHAPE"), help="only print the peak megabytes of one call")
-    parser.add_argument("--threads", type=int, default=Config.threads, help="on the CPU (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.bench", description="Times deformable convolution."
+    )
+    parser.add_argument(
+        "--peak",
+        nargs=2,
+        metavar=("CONTENDER", "SHAPE"),
+        help="only print the peak megabytes of one call",
+    )
+    parser.add_argument(
+        "--threads", type=int, default=Config.threads, help="on the CPU (default: %(default)s)"
+    )
     options = parser.parse_args(arguments)
-    config, runtime = Config(threads=options.threads), device.start("cpu")  # float32; the notebooks' memory setting for all alike
+    config, runtime = (
+        Config(threads=options.threads),
+        device.start("cpu"),
+    )  # float32; the notebooks' memory setting for all alike
     try:
         if options.peak:
             torch.set_num_threads(config.threads)

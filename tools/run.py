@@ -13,10 +13,10 @@ from nbclient.exceptions import CellExecutionError, DeadKernelError
 from tqdm import tqdm
 
 from src import ROOT, ProjectError
-from src.notebooks import FOLDER, names, read
 from src.plotting import STANDIN_MARK
 from src.results import commit, reports_folder
 from tools.html import notebook_to_html, theory_to_html
+from tools.notebooks import FOLDER, names, read
 
 
 class _Client(NotebookClient):
@@ -28,7 +28,9 @@ class _Client(NotebookClient):
         content = msg["content"]
         if msg["msg_type"] == "stream" and content["name"] == "stderr" and "\r" in content["text"]:
             states = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", content["text"]).split("\r")
-            self.bar.set_postfix_str(next((state.strip() for state in reversed(states) if state.strip()), "")[:80])
+            self.bar.set_postfix_str(
+                next((state.strip() for state in reversed(states) if state.strip()), "")[:80]
+            )
             return None
         return super().process_message(msg, cell, cell_index)
 
@@ -47,8 +49,13 @@ def run(name: str, folder: Path = FOLDER) -> nbformat.NotebookNode:
     for cell in notebook.cells:  # a cell that is not reached must not keep an earlier run's output
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
-    client = _Client(notebook, timeout=None, kernel_name="python3", record_timing=False,
-                     resources={"metadata": {"path": str(folder)}})
+    client = _Client(
+        notebook,
+        timeout=None,
+        kernel_name="python3",
+        record_timing=False,
+        resources={"metadata": {"path": str(folder)}},
+    )
     total = sum(cell.cell_type == "code" for cell in notebook.cells)
     form = "{desc}: cell {n_fmt} of {total_fmt} |{bar:20}| {elapsed}{postfix}"
     with tqdm(total=total, desc=name, bar_format=form, mininterval=1) as client.bar:
@@ -62,17 +69,28 @@ def run(name: str, folder: Path = FOLDER) -> nbformat.NotebookNode:
             client.execute()
         except (CellExecutionError, DeadKernelError) as error:
             print(f"\n{error}", file=sys.stderr)
-            failed = [i for i, cell in enumerate(notebook.cells)
-                      if any(output.output_type == "error" for output in cell.get("outputs", []))]
+            failed = [
+                i
+                for i, cell in enumerate(notebook.cells)
+                if any(output.output_type == "error" for output in cell.get("outputs", []))
+            ]
             where = f"cell {failed[0]}" if failed else "the kernel"
-            what = f"{error.ename}: {error.evalue}" if isinstance(error, CellExecutionError) else "it died (out of memory?)"
-            raise ProjectError(f"{name}, {where} failed: {what} Nothing of it was written.") from None
+            what = (
+                f"{error.ename}: {error.evalue}"
+                if isinstance(error, CellExecutionError)
+                else "it died (out of memory?)"
+            )
+            raise ProjectError(
+                f"{name}, {where} failed: {what} Nothing of it was written."
+            ) from None
     return notebook
 
 
 def is_standin(notebook: nbformat.NotebookNode) -> bool:
     """Whether the outputs come from a run on the stand-in data."""
-    return any(STANDIN_MARK in str(output) for cell in notebook.cells for output in cell.get("outputs", []))
+    return any(
+        STANDIN_MARK in str(output) for cell in notebook.cells for output in cell.get("outputs", [])
+    )
 
 
 def _write(notebook: nbformat.NotebookNode, path: Path) -> None:
@@ -95,12 +113,17 @@ def _store(name: str, notebook: nbformat.NotebookNode) -> None:
 
 
 def main(arguments=None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.run", description="Runs notebooks and writes their HTML.")
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.run", description="Runs notebooks and writes their HTML."
+    )
     parser.add_argument("name", nargs="*", help="the notebooks to run (default: all)")
     chosen = parser.parse_args(arguments).name or names()
     if commit().endswith("+changes"):
-        print("There are changes since the last commit, and results of real data will say so. What `make submission` is to "
-              "accept has to be committed first, then run.", flush=True)
+        print(
+            "There are changes since the last commit, and results of real data will say so. What `make submission` is to "
+            "accept has to be committed first, then run.",
+            flush=True,
+        )
     executed = {}
     try:
         try:

@@ -27,9 +27,10 @@ from pathlib import Path, PurePosixPath
 
 import nbformat
 
-from src import ROOT, ProjectError, notebooks
+from src import ROOT, ProjectError
 from src.plotting import STANDIN_MARK
 from src.results import load_results, reports_folder
+from tools import notebooks
 from tools.html import theory_images, theory_to_html
 
 USAGE = 'usage: make submission NAME="Your Name" ID=StudentNumber [COLLABORATORS="names"] [ALLOW_STANDIN=1]'
@@ -41,10 +42,15 @@ MODEL_LIMIT = 8 * 2**20  # bytes; larger models are left out and named
 THEORY = "1.1 2.1 2.2 2.3 2.4 3.1a 3.1b 3.1c 3.2a 3.2b 3.3a 3.3b 3.4a 3.4b 4.1 4.2 4.3 4.4".split()
 PRACTICAL = (1, 2, 3)  # each is quoted by the notebook that answers it
 
-_PLACEHOLDER = re.compile(r"\b(?:TODO|TBD|FIXME)\b|\bto be filled in\b|\byour (?:answer|code) (?:here|goes)\b"
-                          r"|\braise NotImplementedError|\blorem ipsum|(?:پاسخ|جواب|کد) خود را", re.I)
+_PLACEHOLDER = re.compile(
+    r"\b(?:TODO|TBD|FIXME)\b|\bto be filled in\b|\byour (?:answer|code) (?:here|goes)\b"
+    r"|\braise NotImplementedError|\blorem ipsum|(?:پاسخ|جواب|کد) خود را",
+    re.I,
+)
 _STUDENTS_LINE = re.compile(r"^\*To be filled in by the student\b[^\n]*$", re.M)
-_MACHINE_PATH = re.compile(r"(?<![\w.-])/(?:home|Users|root|tmp|var/folders)/[^\s'\"<>]*|\b[A-Za-z]:[\\/]+Users[\\/][^\s'\"<>]*")
+_MACHINE_PATH = re.compile(
+    r"(?<![\w.-])/(?:home|Users|root|tmp|var/folders)/[^\s'\"<>]*|\b[A-Za-z]:[\\/]+Users[\\/][^\s'\"<>]*"
+)
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _TIME = re.compile(r"second|minute|hour")
 
@@ -66,7 +72,11 @@ class Run:
 
     @property
     def standin(self) -> bool:
-        return any(STANDIN_MARK in text for cell in self.notebook.cells for text in _texts(cell.get("outputs", [])))
+        return any(
+            STANDIN_MARK in text
+            for cell in self.notebook.cells
+            for text in _texts(cell.get("outputs", []))
+        )
 
     @property
     def page(self) -> Path:
@@ -106,7 +116,11 @@ def _texts(value) -> Iterator[str]:
 
 def _code_cells(notebook) -> list[tuple[int, dict]]:
     """The code cells with their numbers; an empty one is not run and does not count."""
-    return [(number, cell) for number, cell in enumerate(notebook.cells, 1) if cell.cell_type == "code" and cell.source.strip()]
+    return [
+        (number, cell)
+        for number, cell in enumerate(notebook.cells, 1)
+        if cell.cell_type == "code" and cell.source.strip()
+    ]
 
 
 def _cell_problems(cell, allow_standin: bool) -> Iterator[str]:
@@ -123,7 +137,11 @@ def _order_problems(run: Run) -> Iterator[str]:
     """Code cells have to be numbered 1, 2, 3, …: run once each, from top to bottom, in a fresh kernel."""
     for place, (number, cell) in enumerate(_code_cells(run.notebook), 1):
         if cell.execution_count != place:
-            how = f"run as number {cell.execution_count}, not {place}" if cell.execution_count else "not run"
+            how = (
+                f"run as number {cell.execution_count}, not {place}"
+                if cell.execution_count
+                else "not run"
+            )
             yield f"{run.place}, cell {number}: it was {how}; restart the kernel and run all cells, or `make html`"
             return
 
@@ -134,14 +152,18 @@ def _page_problems(run: Run) -> Iterator[str]:
     again = f"python -m tools.html notebook {_relative(run.path)} {_relative(run.page)}"
     if not run.page.is_file():
         yield f"{run.place}: its page {_relative(run.page)} is missing; {again}"
-    elif f'<meta name="source-sha256" content="{digest}">' not in run.page.read_text(encoding="utf-8"):
+    elif f'<meta name="source-sha256" content="{digest}">' not in run.page.read_text(
+        encoding="utf-8"
+    ):
         yield f"{run.place}: its page {_relative(run.page)} was made from another state of it; {again}"
 
 
 def _first_difference(notebook, other) -> int | None:
     """The number of the first cell whose code is not the same in another notebook."""
     end = len(notebook.cells), {"source": ""}
-    for (number, cell), (_, before) in itertools.zip_longest(_code_cells(notebook), _code_cells(other), fillvalue=end):
+    for (number, cell), (_, before) in itertools.zip_longest(
+        _code_cells(notebook), _code_cells(other), fillvalue=end
+    ):
         if cell["source"] != before["source"]:
             return number
     return None
@@ -150,14 +172,26 @@ def _first_difference(notebook, other) -> int | None:
 def _git(*words: str) -> str:
     try:
         command = ["git", "-c", "core.fileMode=false", *words]  # permissions change no number
-        return subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", check=True).stdout
+        return subprocess.run(
+            command, cwd=ROOT, capture_output=True, encoding="utf-8", check=True
+        ).stdout
     except (OSError, subprocess.CalledProcessError):
         raise ProjectError(f"git {words[0]} failed") from None
 
 
 def _changed_since(commit: str) -> list[str]:
     """The files of the shared code, and requirements.txt, that are not as they were at a commit; uncommitted changes count."""
-    changed = _git("diff", "--name-only", "--relative", "-z", commit, "--", "src", "theory/accounting.py", "requirements.txt")
+    changed = _git(
+        "diff",
+        "--name-only",
+        "--relative",
+        "-z",
+        commit,
+        "--",
+        "src",
+        "src/accounting.py",
+        "requirements.txt",
+    )
     new = _git("ls-files", "--others", "--exclude-standard", "-z", "--", "src/*.py")
     return sorted(set(filter(None, (changed + new).split("\0"))))
 
@@ -176,7 +210,10 @@ def _code_problems(run: Run) -> Iterator[str]:
     except ProjectError:
         yield f"{run.place}: at its result's commit {commit[:7]} there was no such notebook; run it again"
         return
-    for state, other in ((f"at its result's commit {commit[:7]}", then), ("in notebooks/", notebooks.read(run.name))):
+    for state, other in (
+        (f"at its result's commit {commit[:7]}", then),
+        ("in notebooks/", notebooks.read(run.name)),
+    ):
         if number := _first_difference(run.notebook, other):
             yield f"{run.place}, cell {number}: the code is not the same {state}; run the notebook again"
 
@@ -209,7 +246,9 @@ def _result_problems(runs: list[Run], allow_standin: bool) -> Iterator[str]:
         if not allow_standin and _is_standin_result(path):
             yield f"{_relative(path)}: a result of the smoke profile or the stand-in data; make it again on real data"
         if path not in own:
-            yield from _provenance_problems(path, earlier=any(path.stem.startswith(f"{run.name}_") for run in runs))
+            yield from _provenance_problems(
+                path, earlier=any(path.stem.startswith(f"{run.name}_") for run in runs)
+            )
 
 
 def _machine_names() -> set[str]:
@@ -226,11 +265,19 @@ def _machine_problems(runs: list[Run]) -> Iterator[str]:
     A login or host name that is also a word of the notebooks' own cells (a user called `test`) tells nothing.
     """
     sources = "\n".join(cell.source for run in runs for cell in run.notebook.cells)
-    names = [name for name in sorted(_machine_names()) if not re.search(rf"(?<!\w){re.escape(name)}(?!\w)", sources)]
+    names = [
+        name
+        for name in sorted(_machine_names())
+        if not re.search(rf"(?<!\w){re.escape(name)}(?!\w)", sources)
+    ]
     words = (rf"(?<!\w){re.escape(word)}(?!\w)" for word in [str(ROOT), *names])
     machine = re.compile("|".join([_MACHINE_PATH.pattern, *words]))
-    pieces = [(f"{run.place}, cell {number}", text) for run in runs for number, cell in enumerate(run.notebook.cells, 1)
-              for text in _texts(cell.get("outputs", []))]
+    pieces = [
+        (f"{run.place}, cell {number}", text)
+        for run in runs
+        for number, cell in enumerate(run.notebook.cells, 1)
+        for text in _texts(cell.get("outputs", []))
+    ]
     pieces += [(_relative(path), path.read_text(encoding="utf-8")) for path in _results(runs)]
     for place, text in pieces:
         if found := machine.search(text):
@@ -262,8 +309,15 @@ def markdown_blocks(text: str, place: str, level: int = 0) -> list[Block]:
     for line in text.splitlines():
         before, fence = kind, line.lstrip().startswith("```")
         heading = None if fenced else re.match(r"(#{1,6})\s+(.+)", line)
-        kind = ("heading" if heading else "quote" if line.startswith(">") and not fenced
-                else "text" if re.search(r"\w", line) else "")
+        kind = (
+            "heading"
+            if heading
+            else "quote"
+            if line.startswith(">") and not fenced
+            else "text"
+            if re.search(r"\w", line)
+            else ""
+        )
         fenced ^= fence
         if heading:
             level = len(heading[1])
@@ -294,7 +348,12 @@ def unanswered(blocks: list[Block]) -> list[Block]:
         if block.kind == "text":
             waiting = []
             continue
-        ended = [b for b in waiting if (block.kind == "heading" and block.level <= b.level) or block.kind == b.kind == "quote"]
+        ended = [
+            b
+            for b in waiting
+            if (block.kind == "heading" and block.level <= b.level)
+            or block.kind == b.kind == "quote"
+        ]
         empty += ended
         waiting = [b for b in waiting if b not in ended] + [block]
     return empty + waiting
@@ -321,7 +380,9 @@ def _answer_problems(runs: list[Run]) -> Iterator[str]:
     for question in THEORY:
         if question not in numbered:
             yield f"theory: question {question} has no answer; its heading starts with this number"
-    quoted = "\n".join(cell.source for run in runs for cell in run.notebook.cells if cell.cell_type == "markdown")
+    quoted = "\n".join(
+        cell.source for run in runs for cell in run.notebook.cells if cell.cell_type == "markdown"
+    )
     for number in PRACTICAL:
         if not re.search(rf"^>.*\bPractical {number}\b", quoted, re.M):
             yield f"notebooks: none quotes the task of Practical {number}, so it has no answer"
@@ -335,19 +396,29 @@ def sources_page(collaborators: str) -> str:
     """
     path = ROOT / "theory" / "SOURCES.md"
     if not path.is_file():
-        raise ProjectError("theory/SOURCES.md is missing: it lists the sources and the collaborators")
+        raise ProjectError(
+            "theory/SOURCES.md is missing: it lists the sources and the collaborators"
+        )
     text, collaborators = path.read_text(encoding="utf-8"), collaborators.strip()
     if not collaborators.isprintable():
         raise ProjectError("COLLABORATORS takes names in one line")
     filled, open_lines = _STUDENTS_LINE.subn(lambda _: collaborators or "none", text)
     if collaborators and not open_lines:
-        raise ProjectError("theory/SOURCES.md has its collaborators filled in already: leave COLLABORATORS out")
+        raise ProjectError(
+            "theory/SOURCES.md has its collaborators filled in already: leave COLLABORATORS out"
+        )
     if open_lines and not collaborators:
-        print('Collaborators: none. Were there any, name them: make submission COLLABORATORS="…", or in theory/SOURCES.md.')
+        print(
+            'Collaborators: none. Were there any, name them: make submission COLLABORATORS="…", or in theory/SOURCES.md.'
+        )
     blocks = markdown_blocks(filled, path.name)
-    headings = [block for block in blocks if block.kind == "heading" and block.text == "Collaborators"]
+    headings = [
+        block for block in blocks if block.kind == "heading" and block.text == "Collaborators"
+    ]
     if not headings or headings[0] in unanswered(blocks):
-        raise ProjectError('theory/SOURCES.md has nothing under "Collaborators": name them, or write none')
+        raise ProjectError(
+            'theory/SOURCES.md has nothing under "Collaborators": name them, or write none'
+        )
     return filled
 
 
@@ -368,8 +439,12 @@ def find_runs(allow_standin: bool) -> list[Run]:
 
 def problems(runs: list[Run], allow_standin: bool) -> list[str]:
     """All that speaks against handing these runs in, with this project's theory and results."""
-    return [*itertools.chain.from_iterable(run.problems(allow_standin) for run in runs), *_result_problems(runs, allow_standin),
-            *_machine_problems(runs), *_answer_problems(runs)]
+    return [
+        *itertools.chain.from_iterable(run.problems(allow_standin) for run in runs),
+        *_result_problems(runs, allow_standin),
+        *_machine_problems(runs),
+        *_answer_problems(runs),
+    ]
 
 
 # --- the archive
@@ -386,24 +461,37 @@ def archive_stem(name: str, number: str, marked: bool = False) -> str:
     Raises:
         ProjectError: one of the two is missing or does not fit.
     """
-    name, number = re.sub(" +", "-", unicodedata.normalize("NFC", name).strip(" ")), number.strip(" ")
+    name, number = (
+        re.sub(" +", "-", unicodedata.normalize("NFC", name).strip(" ")),
+        number.strip(" "),
+    )
     if not name or not number:
         raise ProjectError(USAGE)
     for character in name:
         # Letters, their marks, digits, and the non-joiner of Persian names; all else may mean something to a file system.
         if unicodedata.category(character)[0] not in "LMN" and character not in "-.'’\u200c":
-            raise ProjectError(f"NAME holds {character!r}: it takes letters, digits, spaces, hyphens, dots and apostrophes")
+            raise ProjectError(
+                f"NAME holds {character!r}: it takes letters, digits, spaces, hyphens, dots and apostrophes"
+            )
     if name.startswith(".") or not any(map(str.isalpha, name)) or len(name.encode()) > 180:
         raise ProjectError("NAME begins with a dot, has no letter or is too long for a file name")
     if not number.isdecimal():
         raise ProjectError(f"ID={number!r} is no student number: it takes digits only")
-    return f"HW3-{name}-{''.join(str(unicodedata.decimal(digit)) for digit in number)}" + "-STANDIN" * marked
+    return (
+        f"HW3-{name}-{''.join(str(unicodedata.decimal(digit)) for digit in number)}"
+        + "-STANDIN" * marked
+    )
 
 
 def _files(folder: Path) -> list[Path]:
     """The files below a folder, without what is hidden, half-written or compiled."""
-    return [path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".part", ".pyc")
-            and not any(part.startswith((".", "__pycache__")) for part in path.relative_to(ROOT).parts)]
+    return [
+        path
+        for path in folder.rglob("*")
+        if path.is_file()
+        and path.suffix not in (".part", ".pyc")
+        and not any(part.startswith((".", "__pycache__")) for part in path.relative_to(ROOT).parts)
+    ]
 
 
 def _results(runs: list[Run]) -> list[Path]:
@@ -414,7 +502,11 @@ def _results(runs: list[Run]) -> list[Path]:
 
 
 def _models(runs: list[Run]) -> list[Path]:
-    return [path for run in runs for path in sorted((run.page.parent / "models").glob(f"{run.name}*.pt"))]
+    return [
+        path
+        for run in runs
+        for path in sorted((run.page.parent / "models").glob(f"{run.name}*.pt"))
+    ]
 
 
 def neutral_pdf(data: bytes) -> bytes:
@@ -426,7 +518,11 @@ def neutral_pdf(data: bytes) -> bytes:
     nodes = sorted(set(re.findall(rb"\(node(\d{8})\)", data)))
     ranks = {node: b"(node%08d)" % rank for rank, node in enumerate(nodes)}
     data = re.sub(rb"\(node(\d{8})\)", lambda match: ranks[match[1]], data)
-    return re.sub(rb"\(file:[^)]*?/(theory/[^)]*)\)", lambda match: (b"(../../%s)" % match[1]).ljust(len(match[0])), data)
+    return re.sub(
+        rb"\(file:[^)]*?/(theory/[^)]*)\)",
+        lambda match: (b"(../../%s)" % match[1]).ljust(len(match[0])),
+        data,
+    )
 
 
 def _theory(scratch: Path) -> dict[str, bytes]:
@@ -437,23 +533,38 @@ def _theory(scratch: Path) -> dict[str, bytes]:
         theory_images(scratch / "images")
     except ProjectError as error:
         if (scratch / "images" / "theory.pdf").is_file():
-            print("The theory goes as PDF, without page images: these need pdftoppm (apt-get install poppler-utils).")
+            print(
+                "The theory goes as PDF, without page images: these need pdftoppm (apt-get install poppler-utils)."
+            )
         else:
-            print(f"No image of the theory: {error}.\nThe rules ask for a clear one: open reports/theory.html in a browser, "
-                  "print it to a PDF file and hand that in as well.")
-    files |= {f"reports/theory/{path.name}": path.read_bytes() for path in (scratch / "images").glob("theory*")}
-    return {name: neutral_pdf(data) if name.endswith(".pdf") else data for name, data in files.items()}
+            print(
+                f"No image of the theory: {error}.\nThe rules ask for a clear one: open reports/theory.html in a browser, "
+                "print it to a PDF file and hand that in as well."
+            )
+    files |= {
+        f"reports/theory/{path.name}": path.read_bytes()
+        for path in (scratch / "images").glob("theory*")
+    }
+    return {
+        name: neutral_pdf(data) if name.endswith(".pdf") else data for name, data in files.items()
+    }
 
 
 def collect(runs: list[Run], sources: str) -> dict[str, bytes]:
     """Everything that is handed in, by its path in the project, and the `MANIFEST` of it."""
     paths = [path for folder in FOLDERS for path in _files(ROOT / folder)]
-    paths += [ROOT / file for file in FILES if (ROOT / file).is_file()] + _results(runs) + [run.page for run in runs]
+    paths += (
+        [ROOT / file for file in FILES if (ROOT / file).is_file()]
+        + _results(runs)
+        + [run.page for run in runs]
+    )
     for model in _models(runs):
         if model.stat().st_size <= MODEL_LIMIT:
             paths.append(model)
         else:
-            print(f"{_relative(model)} is left out: larger than {MODEL_LIMIT // 2**20} MB; its notebook makes it again.")
+            print(
+                f"{_relative(model)} is left out: larger than {MODEL_LIMIT // 2**20} MB; its notebook makes it again."
+            )
     files = {_relative(path): path.read_bytes() for path in paths}
     files |= {f"notebooks/{run.name}.ipynb": run.path.read_bytes() for run in runs}
     files["theory/SOURCES.md"] = sources.encode()
@@ -464,7 +575,10 @@ def collect(runs: list[Run], sources: str) -> dict[str, bytes]:
 
 def manifest(files: dict[str, bytes]) -> bytes:
     """The list of files with their SHA-256 and size in bytes."""
-    lines = (f"{hashlib.sha256(data).hexdigest()} {len(data):>9} {path}\n" for path, data in sorted(files.items()))
+    lines = (
+        f"{hashlib.sha256(data).hexdigest()} {len(data):>9} {path}\n"
+        for path, data in sorted(files.items())
+    )
     return "".join(lines).encode()
 
 
@@ -499,12 +613,16 @@ def build(name: str, number: str, collaborators: str = "", allow_standin: bool =
     archive_stem(name, number)
     sources, runs = sources_page(collaborators), find_runs(allow_standin)
     if found := problems(runs, allow_standin):
-        raise ProjectError("not ready to be handed in:\n" + "\n".join(f"  {line}" for line in found))
+        raise ProjectError(
+            "not ready to be handed in:\n" + "\n".join(f"  {line}" for line in found)
+        )
     marked = any(run.standin for run in runs) or any(map(_is_standin_result, _results(runs)))
     path = ROOT / f"{archive_stem(name, number, marked)}.zip"
     write_archive(path, collect(runs, sources))
     size = path.stat().st_size / 2**20
-    print(f"Wrote {path.name}: {', '.join(run.name for run in runs)}; {size:.1f} MB. `make rerun` tries it out.")
+    print(
+        f"Wrote {path.name}: {', '.join(run.name for run in runs)}; {size:.1f} MB. `make rerun` tries it out."
+    )
     return path
 
 
@@ -515,8 +633,11 @@ def find_archive(given: str) -> Path:
     """The archive that was named, or the one in the project's folder."""
     found = [Path(given)] if given else sorted(ROOT.glob("HW3-*.zip"))
     if len(found) != 1:
-        raise ProjectError(f"{len(found)} archives HW3-*.zip in the project's folder: name one, make rerun ZIP=…" if found else
-                           "there is no archive HW3-*.zip in the project's folder: make submission first")
+        raise ProjectError(
+            f"{len(found)} archives HW3-*.zip in the project's folder: name one, make rerun ZIP=…"
+            if found
+            else "there is no archive HW3-*.zip in the project's folder: make submission first"
+        )
     return found[0]
 
 
@@ -554,7 +675,16 @@ def make_environment(project: Path, folder: Path) -> Path:
     """Makes a fresh virtual environment from a project's requirements and gives its interpreter."""
     venv.create(folder, with_pip=True, symlinks=os.name != "nt")
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r", project / "requirements.txt"]
+    command = [
+        python,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        "-r",
+        project / "requirements.txt",
+    ]
     if subprocess.run(command).returncode:
         raise ProjectError("the requirements cannot be installed; pip's words are above")
     return python
@@ -562,16 +692,23 @@ def make_environment(project: Path, folder: Path) -> Path:
 
 def _variables() -> dict[str, str]:
     """The environment's variables, without those that lead back to this project; `HW3_DATA` holds from any folder."""
-    variables = {key: value for key, value in os.environ.items()
-                 if key not in ("HW3_ROOT", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
+    variables = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("HW3_ROOT", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+    }
     if data := variables.get("HW3_DATA"):
         folders = (Path(data).expanduser(), ROOT / data)
-        variables["HW3_DATA"] = next((str(folder.resolve()) for folder in folders if folder.is_dir()), data)
+        variables["HW3_DATA"] = next(
+            (str(folder.resolve()) for folder in folders if folder.is_dir()), data
+        )
     return variables
 
 
 def _stored_result(project: Path, name: str) -> Path:
-    places = (project / "reports" / folder / "results" / f"{name}.json" for folder in ("", "standin"))
+    places = (
+        project / "reports" / folder / "results" / f"{name}.json" for folder in ("", "standin")
+    )
     return next(filter(Path.is_file, places), project / "reports" / "results" / f"{name}.json")
 
 
@@ -587,7 +724,10 @@ def compare(stored: dict, again: dict) -> list[tuple[str, str, str, str]]:
         where there is none, is equal, else by how much of the stored value it differs; times are not judged.
     """
     whole_run = {"whole run": {"value": stored["seconds"], "ci95": None, "unit": "seconds"}}
-    first, second = stored["metrics"] | whole_run, again["metrics"] | {"whole run": {"value": again["seconds"]}}
+    first, second = (
+        stored["metrics"] | whole_run,
+        again["metrics"] | {"whole run": {"value": again["seconds"]}},
+    )
     rows = []
     for name in dict.fromkeys([*first, *second]):
         a, b = first.get(name), second.get(name)
@@ -602,22 +742,34 @@ def compare(stored: dict, again: dict) -> list[tuple[str, str, str, str]]:
         else:
             gap = f" by {100 * abs(b['value'] / a['value'] - 1):.2g} %" if a["value"] else ""
             verdict = "equal" if equal else f"DIFFERS{gap}"
-        rows.append((name, *("-" if metric is None else f"{metric['value']:.6g}" for metric in (a, b)), verdict))
+        rows.append(
+            (
+                name,
+                *("-" if metric is None else f"{metric['value']:.6g}" for metric in (a, b)),
+                verdict,
+            )
+        )
     return rows
 
 
 def print_comparison(name: str, stored: dict, again: dict) -> None:
     """Prints the table of one notebook, and how much of it agrees."""
     rows = compare(stored, again)
-    widths = [max(map(len, column)) for column in zip(("metric", "stored", "rerun", "verdict"), *rows)]
+    widths = [
+        max(map(len, column)) for column in zip(("metric", "stored", "rerun", "verdict"), *rows)
+    ]
     print(f"\n{name}")
     for row in (("metric", "stored", "rerun", "verdict"), *rows):
         print("  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip())
     judged = [row[3] for row in rows if row[3] != "time, not judged"]
-    print(f"{sum(verdict.startswith(('within', 'equal')) for verdict in judged)} of {len(judged)} judged metrics agree.")
+    print(
+        f"{sum(verdict.startswith(('within', 'equal')) for verdict in judged)} of {len(judged)} judged metrics agree."
+    )
     for key in ("profile", "data_source", "machine"):
         if stored.get(key) != again.get(key):
-            print(f"Another {key}: {again.get(key)}, stored {stored.get(key)}; the numbers need not agree.")
+            print(
+                f"Another {key}: {again.get(key)}, stored {stored.get(key)}; the numbers need not agree."
+            )
 
 
 def rerun(path: Path, python: Path | None = None) -> list[str]:
@@ -636,32 +788,56 @@ def rerun(path: Path, python: Path | None = None) -> list[str]:
     failed = []
     with tempfile.TemporaryDirectory(prefix="HW3 rerun ") as scratch:
         project = unpack(path, Path(scratch))
-        python = python.absolute() if python else make_environment(project, Path(scratch, "environment"))
+        python = (
+            python.absolute() if python else make_environment(project, Path(scratch, "environment"))
+        )
         for name in sorted(notebook.stem for notebook in (project / "notebooks").glob("*.ipynb")):
             result = _stored_result(project, name)
             stored = load_results(result)
             result.unlink()  # what is there afterwards was made by this run
-            code = subprocess.run([python, "-m", "tools.run", name], cwd=project, env=_variables()).returncode
+            code = subprocess.run(
+                [python, "-m", "tools.run", name], cwd=project, env=_variables()
+            ).returncode
             result = _stored_result(project, name)
             if code or not result.is_file():
                 failed.append(name)
-                print(f"\n{name} FAILED; " + ("its error is above." if code else "it wrote no result."), flush=True)
+                print(
+                    f"\n{name} FAILED; "
+                    + ("its error is above." if code else "it wrote no result."),
+                    flush=True,
+                )
             else:
                 print_comparison(name, stored, load_results(result))
     return failed
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.submission", description="The archive to hand in, and its rerun.")
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.submission", description="The archive to hand in, and its rerun."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     building = commands.add_parser("build", help="write HW3-Name-StudentNumber.zip")
     building.add_argument("--name", default="", help="the student's name")
     building.add_argument("--id", default="", help="the student number")
-    building.add_argument("--collaborators", default="", help="with whom it was discussed (default: none)")
-    building.add_argument("--allow-standin", action="store_true", help="also runs on the stand-in data, marked in the file name")
-    running = commands.add_parser("rerun", help="run an archive's notebooks in a fresh environment and compare the numbers")
-    running.add_argument("--zip", default="", help="the archive (default: the one in the project's folder)")
-    running.add_argument("--python", type=Path, help="an interpreter with the requirements, in place of a fresh environment")
+    building.add_argument(
+        "--collaborators", default="", help="with whom it was discussed (default: none)"
+    )
+    building.add_argument(
+        "--allow-standin",
+        action="store_true",
+        help="also runs on the stand-in data, marked in the file name",
+    )
+    running = commands.add_parser(
+        "rerun", help="run an archive's notebooks in a fresh environment and compare the numbers"
+    )
+    running.add_argument(
+        "--zip", default="", help="the archive (default: the one in the project's folder)"
+    )
+    running.add_argument(
+        "--python",
+        type=Path,
+        help="an interpreter with the requirements, in place of a fresh environment",
+    )
     chosen = parser.parse_args(arguments)
     try:
         if chosen.command == "build":

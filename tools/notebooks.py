@@ -29,7 +29,9 @@ def read(name: str) -> nbformat.NotebookNode:
     try:
         return nbformat.read(path, as_version=4)
     except Exception as error:  # nbformat raises many kinds for a file that is no notebook
-        raise ProjectError(f"{path.name} is not a readable notebook ({type(error).__name__}).") from None
+        raise ProjectError(
+            f"{path.name} is not a readable notebook ({type(error).__name__})."
+        ) from None
 
 
 def definitions(name: str) -> types.ModuleType:
@@ -51,6 +53,8 @@ def definitions(name: str) -> types.ModuleType:
             tree = ast.parse(cell.source)
             for node in tree.body:
                 if not isinstance(node, _DEFINING):
-                    raise ProjectError(f"{name}, cell {i}, line {node.lineno}: a cell tagged `define` may only define.")
+                    raise ProjectError(
+                        f"{name}, cell {i}, line {node.lineno}: a cell tagged `define` may only define."
+                    )
             exec(compile(tree, f"<{name}, cell {i}>", "exec"), module.__dict__)
     return module
