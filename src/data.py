@@ -89,7 +89,7 @@ class Source:
         return f"{self.title}: {origin}{counts}{warning}"
 
 
-# --- finding --------------------------------------------------------------------------------------------------------
+# --- finding --------------------------------------------------------------------------------------
 def find_source(dataset: DataSet, allow_download: bool = True) -> Source:
     """Choose where a data set comes from, and print the choice and its reasons.
 
@@ -141,7 +141,7 @@ def _user_folder() -> Path | None:
     return None
 
 
-# --- downloading ----------------------------------------------------------------------------------------------------
+# --- downloading ----------------------------------------------------------------------------------
 @contextlib.contextmanager
 def storing(target: Path, *unfinished: Path) -> Iterator[None]:
     """Turn a full disk or an unwritable folder into one DataError, and remove the unfinished files then."""
@@ -273,7 +273,7 @@ def download_zip(url: str, folder: Path, wanted: Callable[[str], bool]) -> None:
     archive.unlink()
 
 
-# --- reading files --------------------------------------------------------------------------------------------------
+# --- reading files --------------------------------------------------------------------------------
 @contextlib.contextmanager
 def opened_image(path: Path) -> Iterator[Image.Image]:
     """An image file whose pixels need not be read; what goes wrong inside becomes a DataError that names the file."""
@@ -331,7 +331,7 @@ def _drawn(kind: str, draw: Callable[[Path], None], target: Path) -> Path:
     return folder / kind
 
 
-# --- splits ---------------------------------------------------------------------------------------------------------
+# --- splits ---------------------------------------------------------------------------------------
 def train_val_split(
     labels: Sequence[int], val_fraction: float, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
