@@ -5,7 +5,12 @@ from src.datasets.coco import COCO, coco_mask, load_coco
 from src.datasets.photos import PHOTOS, list_photos
 
 __all__ = [
-    *("CIFAR10", "Cifar10", "load_cifar10"),
-    *("COCO", "coco_mask", "load_coco"),
-    *("PHOTOS", "list_photos"),
+    "CIFAR10",
+    "COCO",
+    "PHOTOS",
+    "Cifar10",
+    "coco_mask",
+    "list_photos",
+    "load_cifar10",
+    "load_coco",
 ]

@@ -71,25 +71,32 @@ def load_coco(
 def coco_mask(annotation: dict, height: int, width: int) -> np.ndarray | None:
     """Fill the outline of an object of a photo of this size: uint8 (height, width), 0 or 1.
 
-    None where that cannot be done: the outline or the box has numbers that are infinite or far
-    outside of the photo, the runs do not fill it exactly, or nothing is left inside.
+    Everything is checked before the library sees it, as its C code believes what it is told.
+
+    Returns:
+        None where that cannot be done: box or outline have numbers that are infinite or far
+        outside of the photo, runs do not fill the photo exactly, or nothing is left inside.
     """
     shape, size = annotation["segmentation"], np.array([width, height])
 
-    def near(points: object) -> bool:
-        """Whether (n, 2) coordinates lie within one photo's size of the photo."""
-        points = np.array(points, dtype=float).reshape(-1, 2)
-        return bool(((points >= -size) & (points <= 2 * size)).all())  # False for NaN
+    def points(numbers: list) -> np.ndarray:
+        """Coordinates (n, 2); ValueError where one is farther off than the photo's own size."""
+        pairs = np.array(numbers, dtype=float).reshape(-1, 2)
+        if not ((pairs >= -size) & (pairs <= 2 * size)).all():  # so is NaN
+            raise ValueError("far outside of the photo")
+        return pairs
 
     try:
-        if not near(annotation["bbox"]):
-            return None
+        points(annotation["bbox"])
         if isinstance(shape, dict):
             mask = _fill_runs(shape["counts"], shape["size"], height, width)
-        elif all(len(polygon) >= 6 and near(polygon) for polygon in shape):
-            mask = pymask.decode(pymask.merge(pymask.frPyObjects(shape, height, width)))
         else:
-            return None
+            polygons = [points(polygon) for polygon in shape]
+            steps = sum(np.abs(np.diff(polygon, axis=0)).sum() for polygon in polygons)
+            if steps > 4 * height * width or any(len(polygon) < 3 for polygon in polygons):
+                return None  # so long an outline would take all memory
+            polygons = [polygon.ravel().tolist() for polygon in polygons]
+            mask = pymask.decode(pymask.merge(pymask.frPyObjects(polygons, height, width)))
     except (TypeError, ValueError, KeyError, IndexError, OverflowError):
         return None
     return mask if mask.any() else None
@@ -107,12 +114,12 @@ def _fill_runs(counts: str | bytes | list, size: list, height: int, width: int) 
 
 
 def _unpack(text: bytes) -> list[int]:
-    """COCO's text form of runs: 5 bits a character, from the third on as differences."""
+    """COCO's text form of runs: 5 bits a character; from the fourth on, the change to two before."""
     runs, value, shift = [], 0, 0
     for code in text:
         value |= (code - 48 & 31) << shift
         shift += 5
-        if code - 48 & 32:  # more of this number follows
+        if code - 48 & 32 and shift < 60:  # more of this number follows
             continue
         if code - 48 & 16:  # negative
             value -= 1 << shift
