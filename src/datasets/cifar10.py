@@ -132,4 +132,16 @@ def _fetch(folder: Path, profile: str | None, mirror: str | None) -> None:
     download(mirrored(_Batches.url, mirror), folder / _Batches.filename, _Batches.tgz_md5)
 
 
-CIFAR10 = data.DataSet("CIFAR-10", _is_in, _fetch)
+CIFAR10 = data.DataSet(
+    "CIFAR-10",
+    _is_in,
+    _fetch,
+    layout="cifar-10-batches-py/ or cifar10/{train,test}/<class>/*.png",
+    clues=(
+        "data_batch_*",
+        "*/*/data_batch_*",
+        "[Cc][Ii][Ff][Aa][Rr]?10*",
+        "airplane",
+        "*/airplane",
+    ),
+)
