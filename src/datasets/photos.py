@@ -135,7 +135,7 @@ PHOTOS = data.DataSet(
     "Photos",
     _is_in,
     _fetch,
-    layout="ADEChallengeData2016/images/{training,validation}/*.jpg and release_test/testing/*.jpg, "
-    "or coco/{train2017,val2017}/*.jpg",
+    layout="ADEChallengeData2016/images/{training,validation} and release_test/testing, or "
+    "coco/{train2017,val2017}",
     clues=("train20*", "*/train20*", "val20*", "*/val20*", "ADE*", "*/ADE*", "release_test*"),
 )
