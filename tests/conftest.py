@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import mirror as mirrors
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -13,6 +15,13 @@ def neutral_environment(monkeypatch):
     """A developer's own HW3_* settings must not change what a test sees."""
     for name in [name for name in os.environ if name.startswith("HW3_")]:
         monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def mirror():
+    """A server on this machine that stands for the official ones."""
+    with mirrors.running() as server:
+        yield server
 
 
 @pytest.fixture
