@@ -209,7 +209,7 @@ def _photo_folder(base: Path, split: str) -> Path:
 def _read_annotations(file: Path) -> dict:
     try:
         document = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(
             f"cannot read the annotations {file} ({error}): replace the file"
         ) from error
