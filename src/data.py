@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from src import ROOT, standin
 from src.download import DataError, DownloadError, storing
@@ -31,6 +31,8 @@ class DataSet:
     title: str  # such as "CIFAR-10"
     is_in: Callable[[Path, str | None], bool]  # whether a folder holds it for a profile
     fetch: Callable[[Path, str | None, str | None], None]  # stores it: folder, profile, mirror
+    layout: str = ""  # how a folder that holds it looks
+    clues: tuple[str, ...] = ()  # patterns of files in a folder that holds it in another layout
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,8 @@ def find_source(
         mirror: base address that replaces the official hosts (`HW3_MIRROR`).
 
     Raises:
-        DataError: a download cannot be stored or has a wrong checksum.
+        DataError: `folder` holds it in another layout; a download cannot be stored or has a
+            wrong checksum.
     """
     title = dataset.title
 
@@ -91,7 +94,7 @@ def find_source(
         elif dataset.is_in(folder, profile):
             return Source(title, "HW3_DATA", folder)
         else:
-            print(f"{title}: HW3_DATA holds none")
+            print(f"{title}: HW3_DATA holds none{_other_content(dataset, folder)}")
         if dataset.is_in(DATA, profile):
             return Source(title, "data/", DATA, downloads=online, mirror=mirror)
         print(f"{title}: data/ holds none")
@@ -110,6 +113,19 @@ def find_source(
     return source
 
 
+def _other_content(dataset: DataSet, folder: Path) -> str:
+    """What the user's folder holds instead; DataError where it looks like the data set's files."""
+    clues = {path for clue in dataset.clues for path in folder.glob(clue)}
+    found = sorted(path.relative_to(folder).as_posix() for path in clues)[:4]
+    if found:
+        raise DataError(
+            f"HW3_DATA holds {', '.join(found)}, but {dataset.title} is read as {dataset.layout}: "
+            "move or rename what is there (data/README.md lists all layouts), or unset HW3_DATA"
+        )
+    names = sorted(path.name for path in folder.iterdir())
+    return f", only {', '.join(names[:6])}{' ...' * (len(names) > 6)}" if names else ""
+
+
 # --- reading files -------------------------------------------------------------------------------
 @contextlib.contextmanager
 def opened_image(path: Path) -> Iterator[Image.Image]:
@@ -117,13 +133,23 @@ def opened_image(path: Path) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as image:
             yield image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's decoders raise of all kinds for damaged files
         raise DataError(f"cannot read the image {path} ({error}): replace or remove it") from error
 
 
 def read_image(path: Path) -> Image.Image:
-    """Read an image file as RGB; a missing or damaged file raises a DataError that names it."""
+    """Read an image file as upright 8-bit RGB, transparent parts white.
+
+    Raises:
+        DataError: a missing or damaged file; names it.
+    """
     with opened_image(path) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode[0] == "I":  # 16-bit grey, which Pillow would clip at 255
+            image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
 
 

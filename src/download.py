@@ -98,7 +98,13 @@ def download_many(
     missing = {target: url for target, url in files.items() if not target.is_file()}
     if not missing:
         return []
-    _check_reachable(next(iter(missing.values())))
+    allowed = TOLERATED * len(files)
+    try:
+        _check_reachable(next(iter(missing.values())))
+    except DownloadError:
+        if len(missing) > allowed:
+            raise
+        return list(missing)
     failed = []
     with (
         futures.ThreadPoolExecutor(CONNECTIONS) as pool,
@@ -113,9 +119,10 @@ def download_many(
                     job.result()
                 except DownloadError as error:
                     failed.append(jobs[job])
-                    if len(failed) > TOLERATED * len(files):
+                    if len(failed) > allowed:
                         raise DownloadError(
-                            f"{len(failed)} of {len(files)} files failed, the last one: {error}"
+                            f"{len(failed)} of {len(files)} files cannot be had, such as: {error}; "
+                            "what has arrived is kept: run again to go on"
                         ) from error
                 bar.update()
         except BaseException:
@@ -132,7 +139,7 @@ def _check_reachable(url: str) -> None:
         pool.submit(lambda: urllib.request.urlopen(url, timeout=_TIMEOUT).close()).result(_TIMEOUT)
     except urllib.error.HTTPError:
         pass  # an answer: what it means is for the download to say
-    except _NETWORK_ERRORS as error:
+    except (*_NETWORK_ERRORS, ValueError) as error:  # ValueError: it is not an address
         raise DownloadError(f"{url} cannot be reached ({str(error) or 'no answer'})") from error
     finally:
         pool.shutdown(wait=False)

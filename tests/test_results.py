@@ -22,12 +22,12 @@ def reports(monkeypatch, tmp_path):
     return tmp_path / "reports"
 
 
-def save(metrics, source=FakeSource(), profile="cpu", **more):
+def save(metrics, source=None, profile="cpu", **more):
     return results.save_results(
         "test",
         metrics,
         profile=profile,
-        source=source,
+        source=source or FakeSource(),
         runtime=RUNTIME,
         seeds=[0],
         seconds=90,

@@ -132,4 +132,13 @@ def _fetch(folder: Path, profile: str | None, mirror: str | None) -> None:
     download(mirrored(_Batches.url, mirror), folder / _Batches.filename, _Batches.tgz_md5)
 
 
-CIFAR10 = data.DataSet("CIFAR-10", _is_in, _fetch)
+CIFAR10 = data.DataSet(
+    "CIFAR-10",
+    _is_in,
+    _fetch,
+    layout="cifar-10-batches-py/ or cifar10/{train,test}/<class>/*.png",
+    clues=(
+        *("data_batch_*", "*/*/data_batch_*", "cifar-10-*", "cifar10", "CIFAR10", "CIFAR-10"),
+        *("airplane", "*/airplane"),
+    ),
+)

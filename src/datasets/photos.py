@@ -5,14 +5,18 @@ from pathlib import Path
 import numpy as np
 
 from src import data, standin
-from src.download import DataError, download_zip, mirrored
+from src.datasets import coco
+from src.download import TOLERATED, DataError, DownloadError, download_zip, mirrored
 
 LAYOUTS = (
     {
         "train": ("ADEChallengeData2016/images/training", "ADEChallengeData2016/images/validation"),
         "test": ("release_test/testing",),
     },
-    {"train": ("coco/train2017", "photos"), "test": ("coco/val2017",)},
+    *(
+        {"train": (base + "train2017", "photos"), "test": (base + "val2017",)}
+        for base in ("coco/", "", "coco/images/", "images/")
+    ),
 )
 ADE20K = "http://data.csail.mit.edu/places/ADEchallenge/"
 
@@ -42,7 +46,7 @@ def list_photos(
     if source.is_standin:
         folders = [data.standin_folder("photos", _draw) / role]
     else:
-        layout = _layout(source.path) or LAYOUTS[-1]
+        layout = _layout(source.path) or LAYOUTS[1]
         folders = [source.path / name for name in layout[role] if (source.path / name).is_dir()]
     files = [path for folder in folders for path in data.image_files(folder)]
     if limit is None:
@@ -85,12 +89,40 @@ def _layout(folder: Path) -> dict | None:
 
 
 def _is_in(folder: Path, profile: str | None) -> bool:
-    return _layout(folder) is not None
+    layout = _layout(folder)
+    if folder != data.DATA or layout in (None, LAYOUTS[0]) or profile == "demo":
+        return layout is not None
+    # where COCO's photos were downloaded, a GPU still wants ADE20K, and the sample may be half done
+    shares = [
+        np.mean([(folder / "coco" / split / name).is_file() for name in names])
+        for split, names in _sample().items()
+    ]
+    return not _wants_ade20k(profile) and not any(0 < share < 1 - TOLERATED for share in shares)
+
+
+def _wants_ade20k(profile: str | None) -> bool:
+    return (profile or "").startswith("gpu")
+
+
+def _sample() -> dict[str, list[str]]:
+    """The file names of COCO's sample, by split."""
+    return {split: [f"{number:012d}.jpg" for number in ids] for split, ids in coco.SAMPLE.items()}
 
 
 def _fetch(folder: Path, profile: str | None, mirror: str | None) -> None:
-    """The photos of ADE20K's two archives, without the annotations."""
-    print("Photos: downloading ADE20K, 1.1 GB")
+    """ADE20K for a GPU, or else COCO's sample."""
+    if _wants_ade20k(profile):
+        try:
+            return _fetch_ade20k(folder, mirror)
+        except DownloadError as error:
+            print(f"Photos: {error}; COCO's sample instead")
+    for split, names in _sample().items():
+        coco.fetch_photos(split, names, folder / "coco" / split, mirror)
+
+
+def _fetch_ade20k(folder: Path, mirror: str | None) -> None:
+    """The photos of its two archives, without the annotations."""
+    print("Photos: downloading ADE20K, two files, 1.1 GB")
     for name in ("ADEChallengeData2016.zip", "release_test.zip"):
         archive = folder / name
         # where its own archive still lies, it is not whole
@@ -99,4 +131,11 @@ def _fetch(folder: Path, profile: str | None, mirror: str | None) -> None:
             download_zip(url, folder, lambda name: name.endswith(".jpg"))
 
 
-PHOTOS = data.DataSet("Photos", _is_in, _fetch)
+PHOTOS = data.DataSet(
+    "Photos",
+    _is_in,
+    _fetch,
+    layout="ADEChallengeData2016/images/{training,validation} and release_test/testing, or "
+    "coco/{train2017,val2017}",
+    clues=("train20*", "*/train20*", "val20*", "*/val20*", "ADE*", "*/ADE*", "release_test*"),
+)
