@@ -1,5 +1,6 @@
 import dataclasses
 import math
+import weakref
 
 import pytest
 import torch
@@ -195,13 +196,50 @@ def test_a_step_that_does_not_fit_is_taken_in_parts_with_the_same_gradient(capsy
         )
         return model.weight, history.column("train_loss")
 
-    whole, parts = run(30), run(3)
-    assert torch.allclose(whole[0], parts[0], atol=1e-6)
-    assert whole[1] == pytest.approx(parts[1], abs=1e-6)
+    whole = run(30)
+    for limit in (3, 1):  # of one sample, the last batch has fewer parts than the others
+        parts = run(limit)
+        assert torch.allclose(whole[0], parts[0], atol=1e-6)
+        assert whole[1] == pytest.approx(parts[1], abs=1e-6)
     printed = capsys.readouterr().out
     assert "steps are taken in 2 parts" in printed and "in 4 parts" in printed
     with pytest.raises(ProjectError, match="does not suffice for one sample"):
         run(0)
+
+
+def test_what_an_attempt_held_is_freed_before_the_next_one():
+    model, held, alive = nn.Linear(4, 2), [], []
+
+    def step(batch, epoch):
+        alive.append(sum(reference() is not None for reference in held))
+        activations = model(batch)
+        held.append(weakref.ref(activations))
+        if len(batch) > 8:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")
+        return activations.square().mean(), {"kept": activations.mean()}, len(batch)
+
+    training.fit(
+        "toy",
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        None,
+        lambda epoch: [X],
+        step,
+        lambda: {"loss": 0.0},
+        epochs=1,
+        seed=0,
+        runtime=RUNTIME,
+        quiet=True,
+    )
+    assert alive == [0] * 6, "attempts with 30 and 15 samples, then four parts"
+
+
+def test_another_error_is_no_lack_of_memory():
+    def broken(logits, labels):
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        train(loss=broken)
 
 
 def test_only_kernels_and_matrices_decay_and_frozen_parameters_stay_out():
