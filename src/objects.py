@@ -66,7 +66,8 @@ def collect(
     Raises:
         ProjectError: if a photo is missing or unreadable, or nothing is left.
     """
-    coco, image_path = datasets.load_coco(split, source, config.images)
+    images = None if source.is_standin else config.images
+    coco, image_path = datasets.load_coco(split, source, images)
     objects, left_out = list_objects(coco, classes, why_left_out)
     if not objects:
         raise ProjectError(f"No object of {split} can be used ({dict(left_out)}).")
