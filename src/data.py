@@ -101,6 +101,7 @@ def find_source(
         if not online:
             print(f"{title}: nothing is downloaded for it in the demo profile")
             return Source(title, "stand-in")
+        print(f"{title}: downloading what is missing (HW3_PROFILE=demo would download nothing)")
         try:
             dataset.fetch(DATA, profile, mirror)
             return Source(title, "download", DATA, downloads=True, mirror=mirror)
