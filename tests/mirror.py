@@ -2,7 +2,9 @@
 
 import contextlib
 import http.server
+import io
 import threading
+import zipfile
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,6 +71,18 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, *arguments):
         pass
+
+
+def coco_files(folder: Path) -> dict[str, bytes | Path]:
+    """COCO's official files, made of those in the folder of the real data."""
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as bundle:
+        for path in sorted((folder / "coco" / "annotations").glob("*.json")):
+            bundle.write(path, f"annotations/{path.name}")
+    photos = {
+        f"{path.parent.name}/{path.name}": path for path in (folder / "coco").glob("*2017/*.jpg")
+    }
+    return {"annotations/annotations_trainval2017.zip": archive.getvalue()} | photos
 
 
 @contextlib.contextmanager
