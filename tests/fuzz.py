@@ -112,6 +112,8 @@ def images(rng: random.Random, folder: Path) -> Callable[[], None]:
     def read() -> None:
         image = data.read_image(path)
         assert image.mode == "RGB" and np.asarray(image).shape == (*image.size[::-1], 3)
+        square, _ = data.central_square(path, side=16)
+        assert square.shape == (1, 3, 16, 16) and 0 <= square.min() <= square.max() <= 1
         datasets.list_photos("test", data.Source("Photos", "HW3_DATA", folder))
         datasets.load_cifar10(data.Source("CIFAR-10", "HW3_DATA", folder), ("airplane",))
 
