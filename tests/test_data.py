@@ -260,7 +260,7 @@ def test_central_square_refuses_in_one_line(tmp_path):
         for image, message in (
             (half, r"cannot read the image .*half\.png"),
             (tmp_path / "half.png", r"cannot read the image .*half\.png"),
-            (Image.new("RGB", (100, 9)), "The image is 100x9 pixels: 16x16 are the least"),
+            (Image.new("RGB", (100, 9)), "The image is 100x9 pixels; at least 16x16 are needed"),
             (None, "Give a Pillow image or a file name, not NoneType"),
         ):
             with pytest.raises(DataError, match=message):
