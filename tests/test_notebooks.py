@@ -86,6 +86,12 @@ def test_its_definitions_only_define(name):
     assert vars(notebooks.definitions(name))
 
 
+def test_every_notebook_begins_alike():
+    """The first cell finds the project; tests/test_run.py tries it in one notebook."""
+    first = {code_cells(notebooks.read(name))[0][1].source for name in notebooks.names()}
+    assert len(first) == 1
+
+
 # --- imports
 
 
