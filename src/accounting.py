@@ -68,7 +68,7 @@ class Axis:
         return self if self.note else after
 
     def shift(self, positions: int, step: int = 1) -> Axis:
-        """Give the field after cutting off `positions` (negative: padded), keeping each `step`-th."""
+        """Give the field after cutting off `positions` (negative: padded), with stride `step`."""
         start, jump = self.start + positions * self.jump, self.jump * step
         return self if self.note else replace(self, start=start, jump=jump)
 
