@@ -1,0 +1,36 @@
+"""`python -m tools.html`: writes the page of a notebook or of the theory."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from src import ProjectError
+from tools.html import notebook_to_html, theory_images, theory_to_html
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.html", description="HTML of notebooks and theory"
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, function, names in (
+        ("notebook", notebook_to_html, ("path", "out")),
+        ("theory", theory_to_html, ("out",)),
+        ("images", theory_images, ("folder",)),
+    ):
+        command = commands.add_parser(name, help=function.__doc__.splitlines()[0])
+        command.set_defaults(function=function)
+        for argument in names:
+            command.add_argument(argument, type=Path)
+    options = vars(parser.parse_args(arguments))
+    del options["command"]
+    try:
+        options.pop("function")(**options)
+    except ProjectError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
