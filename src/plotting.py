@@ -1,6 +1,7 @@
-"""One look for all figures: palette, axes, stand-in mark, alt text."""
+"""One look for all figures: palette, axes, pictures, captions, alt text."""
 
 import io
+from collections.abc import Mapping, Sequence
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -9,17 +10,15 @@ from IPython.display import Image, Markdown, display
 
 from src import ProjectError
 
-# Okabe and Ito's palette: distinct to colour-blind eyes; line styles and markers carry it in grey print.
+# Okabe and Ito's palette: distinct to colour-blind eyes; lines and markers carry it in grey print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+LINES = ("-", "--", ":", "-.")
 STANDIN_MARK = "STAND-IN DATA: says nothing about the real data"
-_standin = False
 
 
-def setup(standin: bool) -> None:
-    """Sets the style, and whether every figure carries the stand-in's mark."""
-    global _standin
-    _standin = standin
+def setup() -> None:
+    """Set the style of all figures."""
     matplotlib.rcParams.update(
         {
             "figure.dpi": 100,
@@ -37,56 +36,47 @@ def setup(standin: bool) -> None:
     )
 
 
-def banner(standin: bool) -> None:
-    """Displays a warning above a run on the stand-in data; nothing on real data."""
-    if standin:
-        display(
-            Markdown(
-                f"> **{STANDIN_MARK}.** The images of this run are drawn by the project's own code, because the real "
-                "ones are not at hand (or the profile is `smoke`). It shows that everything works, and no more."
-            )
-        )
+def show(fig, caption: str, alt: str, standin: bool = False) -> None:
+    """Display a figure as PNG with alt text, its caption below, and close it.
 
-
-def show(fig, alt: str) -> None:
-    """Displays a figure as PNG with alt text, and closes it.
+    Args:
+        fig: a matplotlib figure.
+        caption: markdown below the figure.
+        alt: what the figure shows, for readers who do not see it.
+        standin: whether the figure carries the mark of the stand-in data.
 
     Raises:
-        ProjectError: if the alt text is empty, or an axis with data lacks its label.
+        ProjectError: if caption or alt text is empty, or an axis with data lacks its label.
     """
-    if not alt.strip():
-        raise ProjectError("A figure needs alt text that says what it shows.")
+    if not alt.strip() or not caption.strip():
+        raise ProjectError("A figure needs a caption, and alt text that says what it shows.")
     for ax in fig.axes:
-        if (
-            ax.axison
-            and not ax.get_label().startswith("<colorbar>")
-            and not (ax.get_xlabel() and ax.get_ylabel())
-        ):
+        labelled = ax.get_xlabel() and ax.get_ylabel()
+        if ax.axison and not ax.get_label().startswith("<colorbar>") and not labelled:
             raise ProjectError(f"The axis {ax.get_title()!r} needs labels on x and y.")
-    if _standin:
+    if standin:
         alt = f"{STANDIN_MARK}. {alt}"
-        fig.text(
-            0.5,
-            0.5,
-            "STAND-IN DATA",
-            fontsize=28,
-            color="#D55E00",
-            alpha=0.25,
-            rotation=20,
-            ha="center",
-            va="center",
-        )
+        mark = dict(fontsize=28, color="#D55E00", alpha=0.25, rotation=20, ha="center", va="center")
+        fig.text(0.5, 0.5, "STAND-IN DATA", **mark)
     buffer = io.BytesIO()
     fig.savefig(buffer, format="png", dpi=110, facecolor="white", metadata={"Software": None})
     plt.close(fig)
     display(Image(data=buffer.getvalue(), format="png", alt=alt))
+    display(Markdown(caption))
 
 
-def curves(ax, series: dict, title: str, ylabel: str, best_epoch: int | None = None):
-    """Draws one line per entry of {label: values per epoch} and marks the epoch that was kept."""
+def curves(
+    ax,
+    series: Mapping[str, Sequence[float]],
+    title: str,
+    ylabel: str,
+    best_epoch: int | None = None,
+    colours: Sequence[str] = COLOURS,
+):
+    """Draw one line per entry of {label: values per epoch} and mark the epoch that was kept."""
     for i, (label, values) in enumerate(series.items()):
-        epochs = np.arange(1, len(values) + 1)
-        ax.plot(epochs, values, marker=MARKERS[i], linestyle=("-", "--", ":")[i % 3], label=label)
+        style = dict(color=colours[i], marker=MARKERS[i], linestyle=LINES[i % len(LINES)])
+        ax.plot(np.arange(1, len(values) + 1), values, label=label, **style)
     if best_epoch:
         ax.axvline(best_epoch, color="#888888", linewidth=1, linestyle=":", label="epoch kept")
     ax.set(title=title, xlabel="epoch", ylabel=ylabel)
@@ -96,7 +86,7 @@ def curves(ax, series: dict, title: str, ylabel: str, best_epoch: int | None = N
 
 
 def picture(ax, image, title: str = ""):
-    """Draws one RGB image, uint8 (3, H, W) or (H, W, 3), without axes."""
+    """Draw one RGB image, uint8 (3, H, W) or (H, W, 3), without axes."""
     image = np.asarray(image)
     ax.imshow(image.transpose(1, 2, 0) if image.shape[0] == 3 else image, interpolation="nearest")
     ax.set_title(title, fontsize=9)
@@ -104,22 +94,18 @@ def picture(ax, image, title: str = ""):
     return ax
 
 
-def confusion(ax, matrix, classes, title: str):
-    """Draws a confusion matrix of counts, rows the true class, columns the predicted one."""
+def confusion(ax, matrix, classes: Sequence[str], title: str):
+    """Draw a confusion matrix of counts, rows the true class, columns the predicted one."""
     matrix = np.asarray(matrix)
-    ax.imshow(matrix / matrix.sum(axis=1, keepdims=True), cmap="Blues", vmin=0, vmax=1)
+    shares = matrix / matrix.sum(axis=1, keepdims=True).clip(min=1)
+    ax.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for (row, column), count in np.ndenumerate(matrix):
-        ax.text(
-            column,
-            row,
-            f"{count}",
-            ha="center",
-            va="center",
-            color="white" if row == column else "black",
-        )
+        colour = "white" if shares[row, column] > 0.5 else "black"
+        ax.text(column, row, f"{count}", ha="center", va="center", color=colour)
     ticks = range(len(classes))
     ax.set(title=title, xlabel="predicted class", ylabel="true class", xticks=ticks, yticks=ticks)
-    ax.set_xticklabels(classes)
-    ax.set_yticklabels(classes, rotation=90, va="center")
+    many = len(classes) > 3
+    ax.set_xticklabels(classes, rotation=45 if many else 0, ha="right" if many else "center")
+    ax.set_yticklabels(classes, rotation=0 if many else 90, va="center")
     ax.grid(False)
     return ax

@@ -18,7 +18,7 @@ _SIDE, _DRAWN = 32, 128  # CIFAR-like images are drawn larger and then reduced
 _LIGHT = np.array([0.35, -0.45, 0.82])  # towards the light; x points right, y into the image, z up
 
 
-# --- shared pieces --------------------------------------------------------------------------------------------------
+# --- shared pieces --------------------------------------------------------------------------------
 def _rotation(axis: int, degrees: float) -> np.ndarray:
     """Right-handed rotation about axis 0, 1 or 2, shape (3, 3)."""
     c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
@@ -67,7 +67,7 @@ def _paint(rng: np.random.Generator, image: np.ndarray, outline: np.ndarray) -> 
     np.copyto(image[y0:y1, x0:x1], fill, where=np.asarray(mask, bool)[..., None])
 
 
-# --- CIFAR-like airplanes and automobiles ---------------------------------------------------------------------------
+# --- CIFAR-like airplanes and automobiles ---------------------------------------------------------
 def _render(
     canvas: Image.Image,
     faces: list,
@@ -327,7 +327,7 @@ def draw_cifar(n_per_class: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return np.stack(images), labels
 
 
-# --- COCO-format scenes ---------------------------------------------------------------------------------------------
+# --- COCO-format scenes ---------------------------------------------------------------------------
 def _outline(numbers: str, mirrored: bool = False) -> np.ndarray:
     """Polygon (k, 2) in [-1, 1]^2, y downwards, from "x y x y ..." in hundredths; `mirrored` adds the left half."""
     points = np.array(numbers.split(), float).reshape(-1, 2) / 100
@@ -467,7 +467,7 @@ def write_coco(folder: Path, n_train: int, n_val: int, seed: int) -> None:
         (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(document))
 
 
-# --- photo-like images ----------------------------------------------------------------------------------------------
+# --- photo-like images ----------------------------------------------------------------------------
 def _photo(rng: np.random.Generator, side: int) -> np.ndarray:
     """1/f colour noise under shaded discs and polygons with radii of density r^-3, float (side, side, 3)."""
     image = _colour(rng) + rng.uniform(15, 40) * _natural_noise(rng, side, side)

@@ -40,7 +40,7 @@ def test_without_the_download_efficientnet_takes_over_and_says_so(name, error, m
 
     monkeypatch.setattr(torchvision.models, name, no_network)
     assert backbones.load_backbone(name).name == "efficientnet_lite0"
-    assert f"weights of {name} cannot be had" in capsys.readouterr().out
+    assert f"Could not download the ImageNet weights of {name}" in capsys.readouterr().out
 
 
 def test_resnets_give_their_features():
@@ -59,3 +59,15 @@ def test_unknown_backbone():
         match="Unknown backbone 'vgg': choose one of efficientnet_lite0, resnet18, resnet50",
     ):
         backbones.load_backbone("vgg")
+
+
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "resnet18"])
+def test_feature_maps_by_stride(name):
+    module = backbones.load_backbone(name, pretrained=False).eval()
+    x = torch.rand(2, 3, 64, 64)
+    maps = module.feature_maps(x, (8, 32))
+    assert [m.shape[-1] for m in maps] == [8, 2]
+    if name == "resnet18":  # its features are the mean of the last map
+        assert torch.allclose(maps[1].mean(dim=(2, 3)), module(x), atol=1e-5)
+    with pytest.raises(ProjectError, match=f"{name} has no map of stride 64"):
+        module.feature_maps(x, (64,))

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -7,9 +8,15 @@ from torch import nn
 from src import ProjectError, training
 from src.device import Runtime
 
-RUNTIME = Runtime(torch.device("cpu"), autocast=False)
+RUNTIME = Runtime(torch.device("cpu"))
 X = torch.randn(30, 4, generator=torch.Generator().manual_seed(1))
 Y = (X[:, 0] > 0).long()
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "CHECKPOINTS", tmp_path / "checkpoints")
+    return tmp_path / "checkpoints"
 
 
 def make(width=8):
@@ -17,153 +24,260 @@ def make(width=8):
     return nn.Sequential(nn.Linear(4, width), nn.Dropout(0.3), nn.ReLU(), nn.Linear(width, 2))
 
 
-def train(folder, model=None, epochs=4, stop_after=None, seed=3, validate=None):
-    """Trains on 30 points in batches of 8, the last one ragged; `stop_after` interrupts after so many steps."""
-    model = model or make()
-    optimiser = torch.optim.AdamW(model.parameters(), lr=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 0.02, total_steps=4 * epochs)
-    done = 0
+class Interrupt:
+    """Raises after so many steps; not part of what a checkpoint depends on."""
+
+    def __init__(self, after):
+        self.left = math.inf if after is None else after
+
+    def digest_parts(self):
+        return ()
+
+    def count(self):
+        if self.left == 0:
+            raise KeyboardInterrupt
+        self.left -= 1
+
+
+def train(model=None, epochs=4, stop_after=None, seed=3, validate=None, data=X, loss=None, **more):
+    """Train on 30 points in batches of 8, the last one ragged; `stop_after` interrupts."""
+    model, loss = model or make(), loss or nn.functional.cross_entropy
+    optimizer, lr_scheduler = training.make_optimizer([(model, 0.02)], 0.01, 4 * epochs)
+    interrupt = Interrupt(stop_after)
 
     def step(index, epoch):
-        nonlocal done
-        if done == stop_after:
-            raise KeyboardInterrupt
-        done += 1
-        logits = model(X[index])
-        return (
-            nn.functional.cross_entropy(logits, Y[index]),
-            {"accuracy": (logits.argmax(1) == Y[index]).float().mean()},
-            len(index),
-        )
+        interrupt.count()
+        logits = model(data[index])
+        accuracy = (logits.argmax(1) == Y[index]).float().mean()
+        return loss(logits, Y[index]), {"accuracy": accuracy}, len(index)
 
     def on_all():
-        return {"loss": nn.functional.cross_entropy(model(X), Y).item()}
+        return {"loss": nn.functional.cross_entropy(model(data), Y).item()}
 
     history = training.fit(
         "toy",
         model,
-        optimiser,
+        optimizer,
+        lr_scheduler,
         lambda epoch: torch.randperm(30).split(8),
         step,
         validate or on_all,
-        epochs=epochs,
-        seed=seed,
-        runtime=RUNTIME,
-        monitor="val_loss",
-        lr_schedule=schedule,
-        checkpoint_dir=folder,
+        **{"epochs": epochs, "seed": seed, "runtime": RUNTIME} | more,
     )
     return model, history
 
 
 def numbers(history):
-    return [
-        {key: value for key, value in row.items() if key != "seconds"} for row in history.epochs
-    ]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in history.epochs]
 
 
-def test_it_learns_and_leaves_no_checkpoint(tmp_path):
-    _, history = train(tmp_path, epochs=20)
+def test_it_learns_prints_each_epoch_and_leaves_no_checkpoint(folder, capsys):
+    _, history = train(epochs=20)
     assert history.column("val_loss")[-1] < 0.5 * history.column("val_loss")[0]
-    assert not list(tmp_path.iterdir())
+    assert not list(folder.iterdir())
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 20 and lines[0].startswith("toy: epoch 1 of 20: train_loss ")
+    train(quiet=True)
+    assert not capsys.readouterr().out
 
 
 def test_means_weigh_samples_not_batches():
-    means = training.Means()
+    means = training.RunningMean()
     means.add({"loss": torch.tensor(1.0)}, 8)
     means.add({"loss": torch.tensor(4.0)}, 2)
     assert means.result() == {"loss": pytest.approx(1.6)}
     with pytest.raises(ProjectError, match="No samples"):
-        training.Means().result()
+        training.RunningMean().result()
 
 
-def test_same_seed_same_numbers_and_another_seed_others(tmp_path):
-    first, second, other = (train(tmp_path, seed=seed)[1] for seed in (3, 3, 4))
+def test_same_seed_same_numbers_and_another_seed_others():
+    first, second, other = (train(seed=seed)[1] for seed in (3, 3, 4))
     assert numbers(first) == numbers(second)
     assert numbers(first) != numbers(other)
 
 
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
 @pytest.mark.parametrize("stop_after", [5, 8, 15])
-def test_interrupted_and_resumed_ends_with_the_same_numbers(tmp_path, stop_after, capsys):
-    whole_model, whole = train(tmp_path / "whole")
+def test_interrupted_and_resumed_ends_with_the_same_numbers(stop_after, ema_decay, capsys):
+    whole_model, whole = train(ema_decay=ema_decay)
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "cut", stop_after=stop_after)
-    resumed_model, resumed = train(tmp_path / "cut")
-    assert f"goes on after epoch {stop_after // 4} of 4" in capsys.readouterr().out
+        train(stop_after=stop_after, ema_decay=ema_decay)
+    resumed_model, resumed = train(ema_decay=ema_decay)
+    assert f"continues after epoch {stop_after // 4} of 4" in capsys.readouterr().out
     assert numbers(resumed) == numbers(whole) and resumed.best_epoch == whole.best_epoch
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(whole_model.state_dict().values(), resumed_model.state_dict().values())
-    )
+    pairs = zip(whole_model.state_dict().values(), resumed_model.state_dict().values())
+    assert all(torch.equal(a, b) for a, b in pairs)
 
 
-def test_a_checkpoint_of_another_model_or_seed_is_not_continued(tmp_path, capsys):
+def doubled(logits, labels):
+    return 2 * nn.functional.cross_entropy(logits, labels)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"model": lambda: make(width=6)},
+        {"seed": lambda: 5},
+        {"data": lambda: X + 1e-3},
+        {"loss": lambda: doubled},
+        {"ema_decay": lambda: 0.5},
+    ],
+    ids=lambda other: next(iter(other)),
+)
+def test_a_checkpoint_of_other_code_or_data_is_not_continued(folder, other, capsys):
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path, stop_after=9)
-    train(tmp_path, model=make(width=6))
-    train(tmp_path, seed=5)
-    assert "goes on" not in capsys.readouterr().out
-    assert len(list(tmp_path.iterdir())) == 1, "the interrupted training's checkpoint must stay"
+        train(stop_after=9)
+    train(**{key: make_value() for key, make_value in other.items()})
+    assert "continues" not in capsys.readouterr().out
+    assert len(list(folder.iterdir())) == 1, "the interrupted training's checkpoint must stay"
 
 
-def test_a_broken_checkpoint_does_not_stop_a_training(tmp_path, capsys):
+def test_a_broken_checkpoint_does_not_stop_a_training(folder, capsys):
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path, stop_after=9)
-    (checkpoint,) = tmp_path.iterdir()
+        train(stop_after=9)
+    (checkpoint,) = folder.iterdir()
     checkpoint.write_bytes(checkpoint.read_bytes()[:100])
-    _, history = train(tmp_path)
+    _, history = train()
     assert "cannot be read" in capsys.readouterr().out and len(history.epochs) == 4
 
 
-def test_the_best_epoch_on_validation_is_kept(tmp_path):
+def test_the_best_epoch_on_validation_is_kept():
     model, losses, seen = make(), iter([3.0, 1.0, 2.0, 5.0]), []
 
     def validate():
         seen.append({key: value.clone() for key, value in model.state_dict().items()})
         return {"loss": next(losses)}
 
-    _, history = train(tmp_path, model=model, validate=validate)
+    _, history = train(model=model, validate=validate)
     assert history.best_epoch == 2
     assert all(torch.equal(value, seen[1][key]) for key, value in model.state_dict().items())
     assert not model.training
 
 
-def test_a_loss_that_is_not_finite_is_said(tmp_path):
+def test_averaged_weights_are_validated_and_kept_while_the_last_ones_train_on():
+    plain, averaged, seen = make(), make(), []
+
+    def validate():
+        seen.append(averaged[0].weight.clone())
+        return {"loss": 1.0 / len(seen)}
+
+    train(model=averaged, ema_decay=0.9, validate=validate)
+    train(model=plain, validate=lambda: {"loss": -plain[0].weight.new_zeros(()).item()})
+    assert torch.equal(averaged[0].weight, seen[-1])
+    final, _ = train(ema_decay=0.0)  # decay 0 keeps the last weights: the average must be another
+    assert not torch.allclose(final[0].weight, averaged[0].weight)
+
+
+def test_a_step_that_does_not_fit_is_taken_in_parts_with_the_same_gradient(capsys):
+    def run(limit):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+        def step(batch, epoch):
+            x, (y, _) = batch
+            if len(x) > limit:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return nn.functional.cross_entropy(model(x), y), {}, len(x)
+
+        history = training.fit(
+            "toy",
+            model,
+            optimizer,
+            None,
+            lambda epoch: [(X[i], (Y[i], Y[i])) for i in torch.arange(30).split(8)],
+            step,
+            lambda: {"loss": 0.0},
+            epochs=2,
+            seed=0,
+            runtime=RUNTIME,
+            quiet=True,
+        )
+        return model.weight, history.column("train_loss")
+
+    whole, parts = run(30), run(3)
+    assert torch.allclose(whole[0], parts[0], atol=1e-6)
+    assert whole[1] == pytest.approx(parts[1], abs=1e-6)
+    printed = capsys.readouterr().out
+    assert "steps are taken in 2 parts" in printed and "in 4 parts" in printed
+    with pytest.raises(ProjectError, match="does not suffice for one sample"):
+        run(0)
+
+
+def test_only_kernels_and_matrices_decay_and_frozen_parameters_stay_out():
+    model = make()
+    model[3].requires_grad_(False)
+    optimizer, lr_scheduler = training.make_optimizer([(model, 0.02)], 0.05, 40, warmup=0.25)
+    groups = [(len(g["params"]), g["weight_decay"]) for g in optimizer.param_groups]
+    assert groups == [(1, 0.05), (1, 0.0)]
+    rates = []
+    for _ in range(40):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        lr_scheduler.step()
+    assert max(rates) == pytest.approx(0.02, rel=0.01) and rates.index(max(rates)) in (9, 10)
+    assert rates[-1] < 1e-4
+
+
+def test_a_loss_that_is_not_finite_is_said():
     model = make()
     nn.init.constant_(model[0].weight, math.nan)
     with pytest.raises(ProjectError, match="toy: the loss is not finite in epoch 1"):
-        train(tmp_path, model=model)
+        train(model=model)
 
 
-def test_saved_models_load_and_stay_close(tmp_path):
-    model, path = make(), tmp_path / "model.pt"
-    training.save_model(model, path)
-    loaded = training.load_model(make(), path)
+# --- models
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    width: int = 8
+
+
+def build(config):
+    return make(config["width"])
+
+
+def test_saved_models_load_with_their_configuration_and_stay_close(tmp_path):
+    model, path = make(6), tmp_path / "model.pt"
+    training.save_model(model, path, Config(6))
+    loaded = training.load_model(build, path)
     assert torch.allclose(model.eval()(X), loaded.eval()(X), atol=5e-3)
     assert loaded[0].weight.dtype == torch.float32
     assert [p.name for p in tmp_path.iterdir()] == ["model.pt"]
     plain = tmp_path / "plain"
     plain.touch()
-    assert path.stat().st_mode == plain.stat().st_mode, (
-        "readable by those who may read any new file"
-    )
+    assert path.stat().st_mode == plain.stat().st_mode, "readable like any new file"
 
 
 def test_loading_says_what_is_wrong(tmp_path):
     with pytest.raises(ProjectError, match="There is no model file gone.pt"):
-        training.load_model(make(), tmp_path / "gone.pt")
+        training.load_model(build, tmp_path / "gone.pt")
     (tmp_path / "text.pt").write_text("no model")
+    for content in ([], None, {}, {"config": {}, "state": None}):
+        torch.save(content, tmp_path / "empty.pt")
+        with pytest.raises(ProjectError, match="empty.pt is not a model file"):
+            training.load_model(build, tmp_path / "empty.pt")
     with pytest.raises(ProjectError, match="text.pt is not a model file"):
-        training.load_model(make(), tmp_path / "text.pt")
-    training.save_model(make(width=6), tmp_path / "other.pt")
+        training.load_model(build, tmp_path / "text.pt")
+    training.save_model(make(width=6), tmp_path / "other.pt", Config(8))
     with pytest.raises(
-        ProjectError,
-        match=r"other.pt comes from another model \(3 entries differ, first '0.bias'\)",
+        ProjectError, match="other.pt is of another model .3 entries differ, .*0.bias"
     ):
-        training.load_model(make(), tmp_path / "other.pt")
+        training.load_model(build, tmp_path / "other.pt")
+    training.save_model(make(), tmp_path / "bare.pt")
+    with pytest.raises(
+        ProjectError, match="bare.pt holds a configuration that does not fit .KeyError"
+    ):
+        training.load_model(build, tmp_path / "bare.pt")
+    broken = make()
+    nn.init.constant_(broken[0].bias, math.nan)
+    training.save_model(broken, tmp_path / "nan.pt", Config())
+    with pytest.raises(ProjectError, match="nan.pt holds values that are not finite"):
+        training.load_model(build, tmp_path / "nan.pt")
 
 
-def test_saving_into_a_file_that_is_no_folder(tmp_path):
+def test_saving_where_a_file_is_in_the_way(tmp_path):
     (tmp_path / "models").write_text("in the way")
-    with pytest.raises(ProjectError, match="cannot be saved"):
+    with pytest.raises(ProjectError, match="cannot be written"):
         training.save_model(make(), tmp_path / "models" / "model.pt")

@@ -1,41 +1,78 @@
-"""The definitions made in the notebooks, for use elsewhere: the notebook is the source."""
+"""The notebooks of this project: their names, their cells, and what they define."""
 
 import ast
 import sys
 import types
+from pathlib import Path
 
 import nbformat
 
 from src import ROOT, ProjectError
+from src.files import write_whole
 
 FOLDER = ROOT / "notebooks"
 _DEFINING = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
 
 
 def names() -> list[str]:
-    """The notebooks' names in alphabetical order."""
+    """List the notebooks' names in alphabetical order."""
     return sorted(path.stem for path in FOLDER.glob("*.ipynb"))
 
 
 def read(name: str) -> nbformat.NotebookNode:
-    """Reads a notebook of this project.
+    """Read a notebook of this project.
 
     Raises:
-        ProjectError: if there is none of that name, or it is no notebook.
+        ProjectError: there is none of that name, or it is not a notebook.
     """
     path = FOLDER / f"{name}.ipynb"
     if not path.is_file():
         raise ProjectError(f"There is no notebook {name!r}; there are: {', '.join(names())}.")
+    return read_file(path)
+
+
+def read_file(path: Path) -> nbformat.NotebookNode:
+    """Read any notebook file.
+
+    Raises:
+        ProjectError: It is missing or not a notebook.
+    """
     try:
-        return nbformat.read(path, as_version=4)
-    except Exception as error:  # nbformat raises many kinds for a file that is no notebook
-        raise ProjectError(
-            f"{path.name} is not a readable notebook ({type(error).__name__})."
-        ) from None
+        notebook = nbformat.read(path, as_version=4)
+        nbformat.validate(notebook)
+        return notebook
+    except Exception as error:  # what nbformat's JSON, its schema and the file system raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ProjectError(f"{path.name} is not a readable notebook: {reason}") from None
+
+
+def write(notebook: nbformat.NotebookNode, path: Path) -> None:
+    """Write a notebook whole or not at all; text that UTF-8 cannot hold becomes question marks."""
+    text = nbformat.writes(notebook)
+    write_whole(path, (text.rstrip() + "\n").encode("utf-8", "replace"))
+
+
+def is_folded(cell) -> bool:
+    """Whether a cell's code is plumbing that a reader sees on demand only."""
+    hidden = cell.metadata.get("jupyter", {}).get("source_hidden", False)
+    return hidden or "hide-input" in cell.metadata.get("tags", [])
+
+
+def about(notebook: nbformat.NotebookNode) -> dict:
+    """Give what a run says of itself: profile, data_source, standin, fingerprint; or nothing.
+
+    `session.start` attaches it to an output, so that it changes with the outputs in whatever
+    program the notebook is run; `tools.run` copies it into the notebook's own metadata.
+    """
+    found = {}
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            found |= output.get("metadata", {}).get("hw3", {})
+    return found or dict(notebook.metadata.get("hw3", {}))
 
 
 def definitions(name: str) -> types.ModuleType:
-    """Gives what a notebook's cells tagged `define` define, without running the rest.
+    """Give what a notebook's cells tagged `define` define, without running the rest.
 
     Args:
         name: the notebook's, without folder and ending.
@@ -44,17 +81,18 @@ def definitions(name: str) -> types.ModuleType:
         A module whose attributes are the notebook's classes, functions and constants.
 
     Raises:
-        ProjectError: if there is no such notebook, or a tagged cell does more than define.
+        ProjectError: there is no such notebook, or a tagged cell does more than define.
     """
     module = types.ModuleType(f"notebooks.{name}")
     sys.modules[module.__name__] = module  # dataclasses and pickle look their module up
-    for i, cell in enumerate(read(name).cells):
+    for number, cell in enumerate(read(name).cells, 1):
         if cell.cell_type == "code" and "define" in cell.metadata.get("tags", []):
             tree = ast.parse(cell.source)
             for node in tree.body:
                 if not isinstance(node, _DEFINING):
                     raise ProjectError(
-                        f"{name}, cell {i}, line {node.lineno}: a cell tagged `define` may only define."
+                        f"{name}, cell {number}, line {node.lineno}: a cell tagged `define` may only "
+                        "define."
                     )
-            exec(compile(tree, f"<{name}, cell {i}>", "exec"), module.__dict__)
+            exec(compile(tree, f"<{name}, cell {number}>", "exec"), module.__dict__)
     return module

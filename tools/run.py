@@ -1,26 +1,32 @@
-"""`python -m tools.run [NAME ...]`: runs notebooks top to bottom and writes their HTML (`make html`)."""
+"""Run notebooks top to bottom and write their pages: `python -m tools.run [NAME ...]`.
+
+A run on real data with profile cpu, gpu or gpu_full goes into `notebooks/` and `reports/`; one on
+the stand-in into `reports/standin/`, a demonstration on real data into `reports/demo/`.
+"""
 
 import argparse
-import os
+import contextlib
 import re
 import sys
-import tempfile
 from pathlib import Path
 
 import nbformat
+from ipykernel.kernelspec import get_kernel_dict
+from jupyter_client.kernelspec import KernelSpec
+from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from tqdm import tqdm
 
-from src import ROOT, ProjectError
-from src.plotting import STANDIN_MARK
-from src.results import commit, reports_folder
+from src import ROOT, ProjectError, results, settings
+from tools import notebooks
 from tools.html import notebook_to_html, theory_to_html
-from tools.notebooks import FOLDER, names, read
+
+UNFINISHED = "reports/unfinished"  # a notebook's outputs while it runs, and after it was cut off
 
 
 class _Client(NotebookClient):
-    """Runs a notebook; bars inside it (the epochs) are shown in the runner's own bar and not stored."""
+    """Run a notebook; show bars inside it (the epochs) in the runner's own bar, do not store them."""
 
     bar: tqdm
 
@@ -28,118 +34,135 @@ class _Client(NotebookClient):
         content = msg["content"]
         if msg["msg_type"] == "stream" and content["name"] == "stderr" and "\r" in content["text"]:
             states = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", content["text"]).split("\r")
-            self.bar.set_postfix_str(
-                next((state.strip() for state in reversed(states) if state.strip()), "")[:80]
-            )
+            last = next((state.strip() for state in reversed(states) if state.strip()), "")
+            self.bar.set_postfix_str(last[:80])
             return None
         return super().process_message(msg, cell, cell_index)
 
 
-def run(name: str, folder: Path = FOLDER) -> nbformat.NotebookNode:
-    """Runs a notebook top to bottom in a fresh kernel and gives it back with its outputs.
+class _Kernel(AsyncKernelManager):
+    """Start kernels of this environment, wherever the notebook's or an installed kernelspec leads."""
+
+    @property
+    def kernel_spec(self) -> KernelSpec:
+        return KernelSpec(**get_kernel_dict())
+
+
+def run(name: str, folder: Path | None = None) -> nbformat.NotebookNode:
+    """Run a notebook top to bottom in a fresh kernel and give it back with its outputs.
+
+    After every cell, the outputs so far are written to `reports/unfinished/`.
 
     Args:
-        name: the notebook's, without folder and ending.
-        folder: the kernel's working directory.
+        name: The notebook's, without folder and ending.
+        folder: The kernel's working directory, `notebooks/` by default.
 
     Raises:
-        ProjectError: if a cell fails, naming the cell and the error; the traceback is printed.
+        ProjectError: A cell fails, or the kernel does; names the cell and the error. The traceback
+            is printed.
     """
-    notebook = read(name)
+    notebook, unfinished = notebooks.read(name), ROOT / UNFINISHED / f"{name}.ipynb"
     for cell in notebook.cells:  # a cell that is not reached must not keep an earlier run's output
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
+    notebook.metadata.pop("hw3", None)
     client = _Client(
         notebook,
         timeout=None,
-        kernel_name="python3",
         record_timing=False,
-        resources={"metadata": {"path": str(folder)}},
+        kernel_name="python3",
+        kernel_manager_class=_Kernel,
+        resources={"metadata": {"path": str(folder or notebooks.FOLDER)}},
     )
     total = sum(cell.cell_type == "code" for cell in notebook.cells)
     form = "{desc}: cell {n_fmt} of {total_fmt} |{bar:20}| {elapsed}{postfix}"
     with tqdm(total=total, desc=name, bar_format=form, mininterval=1) as client.bar:
 
-        def executed(cell, cell_index, **_):
+        def executed(cell, **_):
             client.bar.set_postfix_str("", refresh=False)
             client.bar.update(cell.cell_type == "code")
+            notebooks.write(notebook, unfinished)
 
         client.on_cell_executed = executed
         try:
             client.execute()
-        except (CellExecutionError, DeadKernelError) as error:
+        except CellExecutionError as error:
             print(f"\n{error}", file=sys.stderr)
-            failed = [
-                i
-                for i, cell in enumerate(notebook.cells)
-                if any(output.output_type == "error" for output in cell.get("outputs", []))
-            ]
-            where = f"cell {failed[0]}" if failed else "the kernel"
-            what = (
-                f"{error.ename}: {error.evalue}"
-                if isinstance(error, CellExecutionError)
-                else "it died (out of memory?)"
-            )
-            raise ProjectError(
-                f"{name}, {where} failed: {what} Nothing of it was written."
-            ) from None
-    return notebook
+            failed = f"cell {_failed_cell(notebook)} failed: {error.ename}: {error.evalue}"
+        except DeadKernelError:
+            failed = "the kernel died (out of memory?)."
+        except RuntimeError as error:  # it did not start
+            failed = f"no kernel in {sys.prefix} ({error}): pip install ipykernel"
+        else:
+            unfinished.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # other notebooks may have left something there
+                unfinished.parent.rmdir()
+            return notebook
+    kept = f" What ran before is in {UNFINISHED}/{name}.ipynb." if unfinished.is_file() else ""
+    raise ProjectError(f"{name}, {failed.rstrip('. ')}.{kept}")
 
 
-def is_standin(notebook: nbformat.NotebookNode) -> bool:
-    """Whether the outputs come from a run on the stand-in data."""
-    return any(
-        STANDIN_MARK in str(output) for cell in notebook.cells for output in cell.get("outputs", [])
+def _failed_cell(notebook) -> int:
+    """Give the number of the cell that holds an error."""
+    return next(
+        number
+        for number, cell in enumerate(notebook.cells, 1)
+        if any(output.output_type == "error" for output in cell.get("outputs", []))
     )
 
 
-def _write(notebook: nbformat.NotebookNode, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    os.close(handle)
-    nbformat.write(notebook, temporary)
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
+def store(name: str, notebook: nbformat.NotebookNode) -> list[str]:
+    """Write an executed notebook, then its page, to where a run of its kind goes.
+
+    Returns:
+        One line for every output that the page could not show.
+
+    Raises:
+        ProjectError: The page cannot be made; the notebook is written.
+    """
+    about = notebooks.about(notebook)
+    profile = about.get("profile", settings.read().profile)
+    notebook.metadata["hw3"] = about
+    reports = results.reports_folder(about.get("standin") or profile == "smoke", profile)
+    real = reports == results.reports_folder()
+    path = (notebooks.FOLDER if real else reports) / f"{name}.ipynb"
+    page = reports / f"{name}.html"
+    notebooks.write(notebook, path)
+    print(f"{name}: its outputs are in {path.relative_to(ROOT)}")
+    left_out = notebook_to_html(path, page)
+    print(f"{name}: wrote {page.relative_to(ROOT)}")
+    return left_out
 
 
-def _store(name: str, notebook: nbformat.NotebookNode) -> None:
-    """Writes an executed notebook and its page; a run on real data goes into the notebook itself, the stand-in's elsewhere."""
-    standin = is_standin(notebook)
-    target = reports_folder(True) / f"{name}.ipynb" if standin else FOLDER / f"{name}.ipynb"
-    page = reports_folder(standin) / f"{name}.html"
-    _write(notebook, target)
-    notebook_to_html(target, page)
-    print(f"{name}: wrote {page.relative_to(ROOT)}, outputs are in {target.relative_to(ROOT)}")
-
-
-def main(arguments=None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.run", description="Runs notebooks and writes their HTML."
-    )
+def main(arguments: list[str] | None = None) -> int:
+    """Run notebooks; keep what has run, whatever fails later."""
+    parser = argparse.ArgumentParser(prog="python -m tools.run", description=__doc__.split(":")[0])
     parser.add_argument("name", nargs="*", help="the notebooks to run (default: all)")
-    chosen = parser.parse_args(arguments).name or names()
-    if commit().endswith("+changes"):
-        print(
-            "There are changes since the last commit, and results of real data will say so. What `make submission` is to "
-            "accept has to be committed first, then run.",
-            flush=True,
-        )
-    executed = {}
+    chosen = parser.parse_args(arguments).name or notebooks.names()
     try:
-        try:
-            for name in chosen:
-                executed[name] = run(name)
-        finally:  # only now: outputs of one notebook are uncommitted changes to the results of the next
-            for name, notebook in executed.items():
-                _store(name, notebook)
-        theory_to_html(ROOT / "reports" / "theory.html")
-        print("theory: wrote reports/theory.html")
+        settings.read()
+        for name in chosen:
+            notebooks.read(name)
     except ProjectError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1
-    if any((reports_folder(True) / f"{name}.html").exists() for name in chosen):
-        print(f"Pages in reports/standin/ carry the mark: {STANDIN_MARK}.")
-    return 0
+    failed = []
+    for name in [*chosen, "theory"]:
+        try:
+            if name in chosen:
+                print("".join(f"{line}\n" for line in store(name, run(name))), end="", flush=True)
+            else:
+                theory_to_html(ROOT / "reports" / "theory.html")
+                print("theory: wrote reports/theory.html")
+        except ProjectError as error:
+            failed.append(name)
+            print(f"Error: {error}", file=sys.stderr, flush=True)
+        except KeyboardInterrupt:
+            print(f"{name}: interrupted; what ran is in {UNFINISHED}/", file=sys.stderr)
+            return 130
+    if failed:
+        print(f"Failed: {', '.join(failed)}. All else is written.", file=sys.stderr)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`python -m tools.html`: writes the page of a notebook or of the theory."""
+"""Write the page of a notebook or of the theory from the command line."""
 
 import argparse
 import sys
@@ -9,6 +9,7 @@ from tools.html import notebook_to_html, theory_images, theory_to_html
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run `python -m tools.html` and return its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.html", description="HTML of notebooks and theory"
     )
@@ -23,12 +24,14 @@ def main(arguments: list[str] | None = None) -> int:
         for argument in names:
             command.add_argument(argument, type=Path)
     options = vars(parser.parse_args(arguments))
-    del options["command"]
+    command, function = options.pop("command"), options.pop("function")
     try:
-        options.pop("function")(**options)
+        outcome = function(**options)
     except ProjectError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    for line in outcome if command == "notebook" else ():
+        print(line, file=sys.stderr)
     return 0
 
 

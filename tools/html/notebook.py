@@ -1,109 +1,163 @@
-"""An executed notebook as one page: its text, its code, what its cells showed."""
+"""An executed notebook as one page: its text, its code, and what its cells showed."""
 
 import base64
+import binascii
 import html
 import re
 from pathlib import Path
 
-import nbformat
 from mistune.util import striptags
-from nbconvert.filters import strip_ansi
 
 from src import ProjectError
+from tools import notebooks
 from tools.html.page import Page, code_block, data_uri
 
-_RICHEST = ("text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/plain")
+_RICHEST = (
+    *("text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "image/gif"),
+    *("image/webp", "text/latex", "text/plain"),
+)
+_ESCAPES = re.compile(  # links and titles of a terminal, its colours, single escapes
+    r"\x1b\][^\x07\x1b]*(?:\x07|\x1b\\|$)|\x1b\[[0-?]*[ -/]*[@-~]|\x1b[^\[\]]?"
+)
+_OBJECT = re.compile(r"<[\w.]+ object( at 0x\w+)?>\Z")  # Python's word for what it cannot print
 
 
-def _last_state(text: str) -> str:
-    """What a terminal shows at the end: a carriage return overwrites the line, so a progress bar keeps its last state."""
-    lines, row, fresh = [""], 0, True
-    for piece in filter(None, re.split(r"(\r|\n|\x1b\[A)", text)):
-        if piece in ("\r", "\n", "\x1b[A"):
-            row, fresh = max(0, row + {"\r": 0, "\n": 1, "\x1b[A": -1}[piece]), True
-            lines += [""] * (row == len(lines))
-        elif plain := strip_ansi(piece):
-            lines[row], fresh = plain if fresh else lines[row] + plain, False
-    return "\n".join(line.rstrip() for line in lines).strip("\n")
-
-
-def _merged(outputs: list) -> list:
-    """Joins the pieces of a stream: printed text where it follows itself, a progress bar over the whole cell."""
-    merged = []
-    for output in outputs:
-        earlier = merged if output.get("name") == "stderr" else merged[-1:]
-        same = [
-            one
-            for one in earlier
-            if one.output_type == output.output_type == "stream" and one.name == output.name
-        ]
-        if same:
-            same[0].text += output.text
-        else:
-            merged.append(output)
-    return merged
-
-
-def _output(page: Page, output) -> str:
-    """Renders one output of a code cell, in its richest readable form."""
-    if output.output_type == "stream":
-        text = html.escape(_last_state(output.text))
-        return f'<pre class="{output.name}">{text}</pre>\n' if text else ""
-    if output.output_type == "error":
-        summary, trace = (
-            html.escape(strip_ansi(text))
-            for text in (f"{output.ename}: {output.evalue}", "\n".join(output.traceback))
-        )
-        return f'<div class="error"><p><strong>Error.</strong> {summary}</p>\n<pre>{trace}</pre></div>\n'
-    kind = next((mime for mime in _RICHEST if mime in output.data), None)
-    data, about = output.data.get(kind, ""), output.metadata.get(kind, {})
-    if kind == "text/html":
-        return page.checked(f'<div class="scroll">{data}</div>\n')
-    if kind == "text/markdown":
-        return f'<div class="prose measured">{page.prose(data)}</div>\n'
-    if kind in ("text/plain", None):
-        return f"<pre>{html.escape(strip_ansi(data))}</pre>\n" if data else ""
-    url = data_uri(kind, data.encode() if kind == "image/svg+xml" else base64.b64decode(data))
-    return page.checked(
-        f'<p class="figure"><img src="{url}" alt="{html.escape(about.get("alt", ""))}"></p>\n'
-    )
-
-
-def notebook_to_html(path: Path, out: Path) -> None:
-    """Writes an executed notebook as one HTML file that opens with the network off; the same notebook, the same bytes.
+def notebook_to_html(path: Path, out: Path) -> list[str]:
+    """Write an executed notebook as one HTML file that opens with the network off.
 
     Args:
         path: The notebook; images in its Markdown are looked up from its folder.
         out: The file to write; its folder is made where missing.
 
+    Returns:
+        One line, naming notebook and cell, for every output that the page could not show: without
+        alt text, in need of a script or a network. The page says so in its place.
+
     Raises:
-        ProjectError: The notebook cannot be read or the file not written; or, naming notebook and cell, a formula cannot be
-            converted, an image has no alt text or does not exist, an output needs a network, a link leads nowhere.
+        ProjectError: The notebook cannot be read or the file not written; or, naming notebook and
+            cell, its text holds a formula that cannot be converted, an image without alt text or
+            file, a link that leads nowhere.
     """
     path = Path(path)
-    try:
-        notebook = nbformat.read(path, as_version=4)
-    except (
-        Exception
-    ) as error:  # nbformat raises what its JSON, its schema and the file system raise
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ProjectError(f"{path} is not a readable notebook: {reason}") from error
-    page, body = Page("notebooks", path.resolve().parent, out), ""
+    notebook = notebooks.read_file(path)
+    page, body, left_out = Page("notebooks", path.resolve().parent, out), "", []
     for number, cell in enumerate(notebook.cells, 1):
-        page.place = f"{path.name}, cell {number}"
+        page.place, page.attachments = f"{path.name}, cell {number}", cell.get("attachments", {})
         if cell.cell_type == "markdown":
             body += f'<div class="prose">\n{page.prose(cell.source)}</div>\n'
         elif cell.cell_type == "code" and cell.source.strip():
-            tag = (
-                ' <span class="tag">definitions</span>'
-                if "define" in cell.metadata.get("tags", [])
-                else ""
-            )
-            outputs = "".join(_output(page, output) for output in _merged(cell.outputs))
-            body += (
-                f'<div class="cell">\n<p class="label">In [{cell.execution_count or " "}]{tag}</p>\n'
-                f'{code_block(cell.source, "ipython3")}<div class="outputs">\n{outputs}</div></div>\n'
-            )
+            body += f'<div class="cell">\n{_code(cell)}{_outputs(page, cell, left_out)}</div>\n'
     if not page.headings:
         body = f"{page.heading(html.escape(path.stem), 1)}{body}"
     page.write(html.unescape(striptags(page.headings[0][2])), body, path)
+    return left_out
+
+
+def _code(cell) -> str:
+    """Show a cell's code under its label; folded where its author hides it."""
+    label = f"In [{cell.execution_count or ' '}]"
+    if "define" in cell.metadata.get("tags", []):
+        label += ' <span class="tag">definitions</span>'
+    code = code_block(cell.source, "ipython3")
+    if notebooks.is_folded(cell):
+        lines = len(cell.source.splitlines())
+        summary = f'<summary class="label">{label} <span>{lines} lines of code</span></summary>'
+        return f'<details class="folded">{summary}\n{code}</details>\n'
+    return f'<p class="label">{label}</p>\n{code}'
+
+
+def _outputs(page: Page, cell, left_out: list[str]) -> str:
+    """Show what a cell printed and displayed; a picture with the caption that follows it."""
+    outputs, shown = _merged(cell.outputs), []
+    for output in outputs:
+        text = output.get("data", {}).get("text/markdown", "")
+        part = _output(page, output, left_out)
+        if text.startswith("**Figure ") and shown and shown[-1].startswith('<p class="figure">'):
+            picture = shown.pop().strip().removeprefix('<p class="figure">').removesuffix("</p>")
+            part = f"<figure>{picture}\n<figcaption>{page.prose(text)}</figcaption></figure>\n"
+        shown.append(part)
+    return f'<div class="outputs">\n{"".join(shown)}</div>\n'
+
+
+def _output(page: Page, output, left_out: list[str]) -> str:
+    """Render one output in the richest form that the page can show; else say that it is missing."""
+    if output.output_type == "stream":
+        text = html.escape(last_state(output.text))
+        return f'<pre class="{output.name}">{text}</pre>\n' if text else ""
+    if output.output_type == "error":
+        summary = html.escape(last_state(f"{output.ename}: {output.evalue}"))
+        trace = html.escape(last_state("\n".join(output.traceback)))
+        return (
+            f'<div class="error"><p><strong>Error.</strong> {summary}</p>\n<pre>{trace}</pre></div>\n'
+        )
+    reason = ""
+    for mime in filter(output.data.__contains__, _RICHEST):
+        try:
+            if part := _form(page, mime, output):
+                return part
+        except ProjectError as error:
+            reason = reason or str(error).removeprefix(f"{page.place}: ")
+    if not output.data:
+        return ""
+    reason = reason or f"a page cannot show {', '.join(output.data)}"
+    left_out.append(f"{page.place}: an output is left out of the page: {reason}")
+    source = output.data.get("text/markdown") or output.data.get("text/latex")
+    shown = f"<pre>{html.escape(source)}</pre>\n" if source else ""
+    return f'<p class="omitted">Left out here: {html.escape(reason)}</p>\n{shown}'
+
+
+def _form(page: Page, mime: str, output) -> str:
+    """Render one form of an output; empty where it says nothing."""
+    data = output.data[mime]
+    if mime == "text/html":
+        return page.checked(f'<div class="scroll">{data}</div>\n')
+    if mime == "text/markdown":
+        voice = " measured" * (output.metadata.get("voice") == "measured")
+        return f'<div class="prose{voice}">{page.prose(data)}</div>\n'
+    if mime == "text/latex":
+        tex = data if "$" in data else f"$${data}$$"
+        return f'<div class="prose">{page.prose(tex.strip())}</div>\n'
+    if mime == "text/plain":
+        text = last_state(data)
+        return "" if not text or _OBJECT.match(text) else f"<pre>{html.escape(text)}</pre>\n"
+    try:
+        raw = data.encode() if mime == "image/svg+xml" else base64.b64decode(data)
+    except binascii.Error:
+        raise ProjectError(f"{page.place}: a broken picture") from None
+    alt = html.escape(output.metadata.get(mime, {}).get("alt", ""))
+    return page.checked(f'<p class="figure"><img src="{data_uri(mime, raw)}" alt="{alt}"></p>\n')
+
+
+def last_state(text: str) -> str:
+    """Give what a terminal shows at the end.
+
+    A carriage return overwrites the line, so that a progress bar keeps its last state, a backspace
+    the character before it; colours and other control characters go.
+    """
+    lines, row, fresh = [""], 0, True
+    for piece in filter(None, re.split(r"(\r|\n|\x1b\[A)", text)):
+        if piece in ("\r", "\n", "\x1b[A"):
+            row, fresh = max(0, row + {"\r": 0, "\n": 1, "\x1b[A": -1}[piece]), True
+            lines += [""] * (row == len(lines))
+        elif plain := _ESCAPES.sub("", piece):
+            kept = [] if fresh else list(lines[row])
+            for character in plain:
+                if character == "\b":
+                    del kept[-1:]
+                elif character == "\t" or character >= " ":
+                    kept.append(character)
+            lines[row], fresh = "".join(kept), False
+    return "\n".join(line.rstrip() for line in lines).strip("\n")
+
+
+def _merged(outputs: list) -> list:
+    """Join the pieces of a stream: print where it follows itself, progress bars over the cell."""
+    merged = []
+    for output in outputs:
+        earlier = merged if output.get("name") == "stderr" else merged[-1:]
+        same = [one for one in earlier if one.get("name", "") == output.get("name")]
+        if same:
+            same[0].text += output.text
+        else:
+            merged.append(output)
+    return merged

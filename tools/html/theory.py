@@ -1,6 +1,5 @@
 """All theory answers as one page, and as a PDF and page images."""
 
-import re
 import shutil
 import subprocess
 import tempfile
@@ -8,11 +7,16 @@ from pathlib import Path
 
 from src import ROOT, ProjectError
 from tools.html.browser import run_chromium
-from tools.html.page import Page, write_whole
+from tools.html.page import Page
+
+
+def parts() -> list[Path]:
+    """List the files of the theory in order."""
+    return sorted((ROOT / "theory").glob("[0-9]*.md"))
 
 
 def theory_to_html(out: Path, files: list[Path] | None = None) -> None:
-    """Writes all parts of the theory as one HTML page with a table of contents; the same parts, the same bytes.
+    """Write all parts of the theory as one HTML page with a table of contents.
 
     Args:
         out: The file to write.
@@ -21,54 +25,40 @@ def theory_to_html(out: Path, files: list[Path] | None = None) -> None:
     Raises:
         ProjectError: As `notebook_to_html`, naming the part; or there is no part.
     """
-    files = (
-        sorted((ROOT / "theory").glob("[0-9]*.md"))
-        if files is None
-        else [Path(file) for file in files]
-    )
+    files = parts() if files is None else [Path(file) for file in files]
     if not files:
         raise ProjectError(
             f"no theory to show: {ROOT / 'theory'} holds no file named like 1_name.md"
         )
     page, body = Page("theory", files[0].resolve().parent, out, level=1), "<h1>Theory</h1>\n"
     for file in files:
-        page.place, page.folder, page.prefix, page.level = (
-            file.name,
-            file.resolve().parent,
-            f"{file.stem}-",
-            1,
-        )
+        page.place, page.folder, page.prefix = file.name, file.resolve().parent, f"{file.stem}-"
+        page.level = 1
         page.ids.add(file.stem)
-        body += f'<section id="{file.stem}" class="prose">\n{page.prose(file.read_text(encoding="utf-8"))}</section>\n'
+        text = page.prose(file.read_text(encoding="utf-8"))
+        body += f'<section id="{file.stem}" class="prose">\n{text}</section>\n'
     page.write("Theory", body, *files)
 
 
 def theory_images(folder: Path) -> list[Path]:
-    """Writes the theory as `theory.pdf` and, page by page, as `theory-page-NN.png` (A4 at 150 dpi).
+    """Write the theory as `theory.pdf` and, page by page, as `theory-page-NN.png` (A4, 150 dpi).
 
     Raises:
         ProjectError: No Chromium is installed, or no pdftoppm to draw the PDF's pages.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()
+    pdf = folder / "theory.pdf"
     with tempfile.TemporaryDirectory() as scratch:
-        page, pdf = Path(scratch, "theory.html"), Path(scratch, "theory.pdf")
+        page = Path(scratch, "theory.html")
         theory_to_html(page)
+        folder.mkdir(parents=True, exist_ok=True)
         run_chromium("--no-pdf-header-footer", f"--print-to-pdf={pdf}", page.as_uri())
-        # The time of printing is all that differs between two runs: other digits of the same length take its place.
-        write_whole(
-            folder / pdf.name, re.sub(rb"\(D:\d{14}", b"(D:20000101000000", pdf.read_bytes())
+    if shutil.which("pdftoppm") is None:
+        raise ProjectError(
+            f"{pdf.name} is written; its page images need pdftoppm: apt-get install poppler-utils "
+            "(macOS: brew install poppler)"
         )
-        if shutil.which("pdftoppm") is None:
-            raise ProjectError(
-                f"{folder / pdf.name} is written; its page images need pdftoppm: apt-get install poppler-utils "
-                "(macOS: brew install poppler)"
-            )
-        subprocess.run(
-            ["pdftoppm", "-r", "150", "-png", pdf, Path(scratch, "theory-page")], check=True
-        )
-        for old in folder.glob("theory-page-*.png"):
-            old.unlink()
-        drawn = sorted(Path(scratch).glob("theory-page-*.png"))
-        for image in drawn:
-            write_whole(folder / image.name, image.read_bytes())
-    return [folder / image.name for image in drawn]
+    for old in folder.glob("theory-page-*.png"):
+        old.unlink()
+    subprocess.run(["pdftoppm", "-r", "150", "-png", pdf, folder / "theory-page"], check=True)
+    return sorted(folder.glob("theory-page-*.png"))

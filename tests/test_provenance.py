@@ -1,0 +1,142 @@
+"""The fingerprint of code, and the digest by which checkpoints know what they belong to."""
+
+import json
+import subprocess
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+from src import provenance
+
+
+@pytest.fixture
+def project(tmp_path):
+    (tmp_path / "src").mkdir()
+
+    def fingerprint(code, cell="y = 2", newline="\n"):
+        text = code.replace("\n", newline)
+        (tmp_path / "src" / "a.py").write_bytes(text.encode())
+        cells = [
+            {"cell_type": "markdown", "source": ["# Title"]},
+            {"cell_type": "code", "source": [cell], "outputs": [str(newline)]},
+        ]
+        path = tmp_path / "toy.ipynb"
+        path.write_text(json.dumps({"cells": cells}))
+        return provenance.code_fingerprint(path, folder=tmp_path)
+
+    return fingerprint
+
+
+CODE = 'def area(r):\n    """Old words."""\n    return 3 * r\n'
+
+
+def test_words_layout_and_line_endings_make_no_result_stale(project):
+    same = [
+        CODE,
+        CODE.replace("Old", "New"),
+        CODE.replace('    """Old words."""\n', "    # a comment\n"),
+        CODE.replace("3 * r", "(3\n            * r)"),
+    ]
+    assert len({project(code) for code in same}) == 1
+    assert project(CODE, newline="\r\n") == project(CODE)
+    assert project(CODE, cell="y = 2  # two") == project(CODE)
+
+
+def test_other_code_has_another_fingerprint(project):
+    others = [
+        project(CODE),
+        project(CODE.replace("3", "4")),
+        project(CODE.replace("area", "size")),
+        project(CODE, cell="y = 3"),
+        project(CODE, cell="%matplotlib inline"),
+        project(CODE.replace("3 * r", '"""Old words."""')),
+    ]
+    assert len(set(others)) == len(others)
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError("git"), subprocess.TimeoutExpired("git", 1)])
+def test_without_git_the_commit_is_unknown(monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(subprocess, "run", fail)
+    assert provenance.commit() == "unknown"
+
+
+# --- object_digest
+@dataclass
+class Settings:
+    lr: float = 0.1
+
+
+def loss(x):
+    return (x * FACTOR).sum() + helper(x)
+
+
+def helper(x):
+    return x.mean()
+
+
+FACTOR = 2.0
+
+
+def make(data, settings):
+    def step(index):
+        return loss(data[index]) * settings.lr
+
+    return step
+
+
+X = torch.arange(12.0).view(3, 4)
+
+
+def test_the_same_function_on_the_same_data_has_the_same_digest():
+    assert provenance.object_digest(make(X, Settings())) == provenance.object_digest(
+        make(X.clone(), Settings())
+    )
+
+
+@pytest.mark.parametrize("change", ["data", "settings", "global", "function", "dtype"])
+def test_what_a_function_uses_changes_its_digest(change, monkeypatch):
+    before = provenance.object_digest(make(X, Settings()))
+    data, settings = X, Settings()
+    if change == "data":
+        data = X.clone()
+        data[2, 3] += 1
+    elif change == "settings":
+        settings = Settings(0.2)
+    elif change == "global":
+        monkeypatch.setitem(globals(), "FACTOR", 3.0)
+    elif change == "function":
+        monkeypatch.setitem(globals(), "helper", lambda x: x.amax())
+    elif change == "dtype":
+        data = X.double()
+    assert provenance.object_digest(make(data, settings)) != before
+
+
+def test_networks_count_with_their_weights_and_settings():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1))
+    before = provenance.object_digest(network)
+    assert provenance.object_digest(network) == before
+    network[1].p = 0.2
+    assert provenance.object_digest(network) != before
+    network[1].p = 0.1
+    with torch.no_grad():
+        network[0].bias[0] += 1
+    assert provenance.object_digest(network) != before
+
+
+def test_a_large_tensor_is_told_apart_by_its_sum():
+    large = torch.zeros(2**23)
+    before = provenance.object_digest(large)
+    large[12_345] = 1
+    assert provenance.object_digest(large) != before
+
+
+def test_objects_that_refer_to_themselves_end():
+    circle = {"a": 1}
+    circle["self"] = circle
+    assert provenance.object_digest(circle)
