@@ -327,7 +327,7 @@ def expected_2() -> dict[str, list[tuple]]:
     seeds = len(make_figures.FIELD_SEEDS)
     by_hand = n + 2 * padding - kernel
     return {
-        "": [("The input", [colours, n, n]), ("n' =", [2, 1, 2])],
+        "": [("The input", [colours, n, n]), ("n' =", [2, 1]), ("N =", [2])],
         "2.1": [
             ("فرض", [n, n, filters, *spread, padding, 1]),
             ("Colour images", [n, n, filters, *spread, padding, 1]),
@@ -338,7 +338,7 @@ def expected_2() -> dict[str, list[tuple]]:
             ),
             (
                 "N =",
-                [kernel, 2, colours, filters, filters, per_filter, filters, filters]
+                [kernel, 2, colours, filters, filters]
                 + [per_filter * filters, filters, convs[0].parameters],
             ),
             (
@@ -572,7 +572,8 @@ def expected_3() -> dict[str, list[tuple]]:
         ],
         "3.3a": [
             ("Working", cite("Sec. 3, Eq. 1 and 2, Eq. 1")),
-            ("\\mathrm{ResNet:}", [1, 1, 1]),
+            ("\\mathrm{ResNet:}", [1, 1]),
+            ("\\mathrm{DenseNet:}", [1]),
             ("Figure", cite("T5")),
             ("connections", [1, 2, layers * (layers + 1) // 2, layers]),
             ("weights of a", [k3, k3, area, 2, area, 1]),
@@ -608,7 +609,8 @@ def expected_3() -> dict[str, list[tuple]]:
         "3.3b": [
             ("Answer", [*figure_4, *figure_3]),
             ("Plain stack", [1, 1]),
-            ("g_l = J", [1, 2, 1]),
+            ("g_l = J", [1, 2]),
+            ("\\lVert", [1]),
             ("If the norms", [1]),
             ("Residual stack", [1, 1, 1, 1]),
             ("g_l = \\left", [1, 1]),
@@ -809,7 +811,7 @@ def expected_4() -> dict[str, list[tuple]]:
             ("The ordinary", cite("Eq. 1")),
             ("The deformable", [*cite("Eq. 2"), 0, 1, *cite("Eq. 1")]),
             ("With all", [0, 1, *cite("Eq. 3 and 4")]),
-            ("x(p)", [0, 1]),
+            ("G(q, p)", [0, 1]),
             ("At most", [corner_count, 0, 1, 0]),
             ("Sampling", [k, k, 2]),
             ("Figure", [*cite("T8"), 2]),

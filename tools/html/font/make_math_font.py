@@ -3,8 +3,9 @@
     pip install fonttools brotli
     python make_math_font.py STIXMath-Regular.otf math.woff2     # fonts-stix 1.1.1 of Debian
 
-Quadratic (TrueType) outlines, because Chromium prints others as pictures of letters, without a name.
+Quadratic (TrueType) outlines, because Chromium prints others as drawings without a font's name.
 """
+
 import sys
 
 from fontTools import subset
@@ -20,12 +21,26 @@ def span(first, last):
 
 
 CHARACTERS = (
-    span(0x20, 0x7E) | span(0xA0, 0xFF) | span(0x391, 0x3C9) | {0x3D1, 0x3D5, 0x3F5}
-    | span(0x2010, 0x2016) | span(0x2018, 0x201D) | span(0x2032, 0x2034) | {0x2026, 0x210E, 0x2112}
-    | span(0x2061, 0x2063) | span(0x2190, 0x2194) | span(0x2200, 0x222B) | {0x223C, 0x2243, 0x2248}
-    | span(0x2260, 0x226B) | {0x2282, 0x2286, 0x2295, 0x2297, 0x2299, 0x22A4, 0x22A5, 0x22C5}
-    | span(0x22EE, 0x22F1) | span(0x2308, 0x230B) | {0x27E8, 0x27E9, 0x302, 0x303, 0x2C6, 0x2DC, 0xAF}
-    | span(0x1D400, 0x1D467) | span(0x1D49C, 0x1D4CF) | span(0x1D538, 0x1D551)
+    span(0x20, 0x7E)
+    | span(0xA0, 0xFF)
+    | span(0x391, 0x3C9)
+    | {0x3D1, 0x3D5, 0x3F5}
+    | span(0x2010, 0x2016)
+    | span(0x2018, 0x201D)
+    | span(0x2032, 0x2034)
+    | {0x2026, 0x210E, 0x2112}
+    | span(0x2061, 0x2063)
+    | span(0x2190, 0x2194)
+    | span(0x2200, 0x222B)
+    | {0x223C, 0x2243, 0x2248}
+    | span(0x2260, 0x226B)
+    | {0x2282, 0x2286, 0x2295, 0x2297, 0x2299, 0x22A4, 0x22A5, 0x22C5}
+    | span(0x22EE, 0x22F1)
+    | span(0x2308, 0x230B)
+    | {0x27E8, 0x27E9, 0x302, 0x303, 0x2C6, 0x2DC, 0xAF}
+    | span(0x1D400, 0x1D467)
+    | span(0x1D49C, 0x1D4CF)
+    | span(0x1D538, 0x1D551)
     | span(0x1D6A8, 0x1D71B)
 )
 
@@ -55,8 +70,10 @@ def main(source, target):
         glyph.recalcBounds(font["glyf"])
     maxp = font["maxp"]
     maxp.tableVersion = 0x00010000
-    for key in ("maxZones maxTwilightPoints maxStorage maxFunctionDefs maxInstructionDefs "
-                "maxStackElements maxSizeOfInstructions").split():
+    for key in (
+        "maxZones maxTwilightPoints maxStorage maxFunctionDefs maxInstructionDefs "
+        "maxStackElements maxSizeOfInstructions"
+    ).split():
         setattr(maxp, key, 1 if key == "maxZones" else 0)
     maxp.maxComponentElements = 0
     font["post"].formatType = 3.0
