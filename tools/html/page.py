@@ -209,7 +209,6 @@ class Page(mistune.HTMLRenderer):
             nav=nav,
             body=body,
         )
-        self.out.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self.out, _UNPRINTABLE.sub("", page).encode())
 
 
