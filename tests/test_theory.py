@@ -2,7 +2,10 @@
 
 import ast
 import inspect
+import json
 import re
+import shutil
+import subprocess
 from functools import cache
 
 import pytest
@@ -15,6 +18,7 @@ from src import ROOT, ProjectError
 from src.accounting import output_size, summary, walk
 from src.results import load_results
 from theory import make_figures
+from tools.html import browser, theory_to_html
 
 THEORY = ROOT / "theory"
 QUESTIONS = (
@@ -1054,6 +1058,77 @@ def test_sizes_and_signs_in_persian_text_stand_in_their_own_direction():
         bare = re.sub(r'<span dir="ltr">[^<]*</span>', "", text)
         assert not re.search(r"[$×=→−+<]", bare) and not re.search(r"[0-9]", bare), bare
         assert not re.search("[يك]", bare) and " ها " not in bare.replace("connection ها", "")
+
+
+# Where each character of an isolate stands, before and after its own direction is taken away.
+DIRECTIONS = """
+<script>
+const places = (isolate) => {
+  const text = isolate.firstChild, range = document.createRange();
+  return [...text.data].map((_, i) => {
+    range.setStart(text, i);
+    range.setEnd(text, i + 1);
+    return range.getBoundingClientRect().left;
+  });
+};
+const isolates = [...document.querySelectorAll("[dir=rtl] [dir=ltr]")];
+const kept = isolates.map(places);
+isolates.forEach((isolate) => isolate.removeAttribute("dir"));
+const lost = isolates.map(places);
+const boxes = [...document.querySelectorAll("[dir=rtl] blockquote")].map((quote) => {
+  const range = document.createRange(), outer = quote.getBoundingClientRect();
+  range.selectNodeContents(quote.querySelector("p"));
+  return outer.right - [...range.getClientRects()][0].right;
+});
+const result = document.createElement("pre");
+result.id = "result";
+result.textContent = JSON.stringify({ kept, lost, boxes });
+document.body.append(result);
+</script>
+"""
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """The theory's page, where a browser is at hand."""
+    if not any(map(shutil.which, browser.BROWSERS)):
+        pytest.skip("no Chromium or Chrome is installed")
+    path = tmp_path_factory.mktemp("page") / "theory.html"
+    theory_to_html(path)
+    return path
+
+
+def test_a_browser_shows_sizes_in_persian_text_from_left_to_right(page, tmp_path):
+    text = page.read_text(encoding="utf-8")
+    text = re.sub(r"<meta http-equiv[^>]*>", "", text)  # which forbids scripts
+    (tmp_path / "page.html").write_text(text + DIRECTIONS, encoding="utf-8")
+    dom = browser.run_chromium("--dump-dom", (tmp_path / "page.html").as_uri()).stdout
+    result = json.loads(re.search(r'<pre id="result">(.+?)</pre>', dom)[1])
+    isolates = "".join(persian()).count('<span dir="ltr">')
+    assert len(result["kept"]) == isolates > 15
+    assert all(places == sorted(places) for places in result["kept"])
+    # Without a direction of their own, sizes such as 10 × 10 are scrambled.
+    assert sum(places != sorted(places) for places in result["lost"]) > 5
+    assert all(0 < gap < 40 for gap in result["boxes"])  # text begins at the right edge
+
+
+def test_the_printed_page(page, tmp_path):
+    """At most 20 sheets, none empty, each question on the sheet of its answer, one math font."""
+    if not all(map(shutil.which, ("pdftotext", "pdffonts"))):
+        pytest.skip("no poppler-utils are installed")
+    pdf = tmp_path / "theory.pdf"
+    browser.run_chromium("--no-pdf-header-footer", f"--print-to-pdf={pdf}", page.as_uri())
+    command = ["pdftotext", "-layout", str(pdf), "-"]
+    sheets = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    sheets = [re.sub(r"\s+", " ", sheet) for sheet in sheets.split("\f")][:-1]
+    assert len(sheets) <= 20 and min(map(len, sheets)) > 500
+    quotes = re.findall(r"^> \*([^*].{20})", "".join(map(read, FILES)), re.M)
+    assert len(quotes) == len(QUESTIONS)
+    for quote in quotes:
+        (sheet,) = [sheet for sheet in sheets if quote in sheet.replace("\u00a0", " ")]
+        assert "Answer." in sheet.replace("\u00a0", " ").split(quote)[1], quote
+    fonts = subprocess.run(["pdffonts", str(pdf)], capture_output=True, text=True, check=True)
+    assert set(re.findall(r"\+(\w*Math\w*)", fonts.stdout)) == {"CourseworkMath"}
 
 
 def test_both_layers_of_question_1_are_the_same_function_and_learn_alike():
