@@ -1078,7 +1078,7 @@ const lost = isolates.map(places);
 const boxes = [...document.querySelectorAll("[dir=rtl] blockquote")].map((quote) => {
   const range = document.createRange(), outer = quote.getBoundingClientRect();
   range.selectNodeContents(quote.querySelector("p"));
-  return outer.right - [...range.getClientRects()][0].right;
+  return outer.right - Math.max(...[...range.getClientRects()].map((box) => box.right));
 });
 const result = document.createElement("pre");
 result.id = "result";
