@@ -55,6 +55,12 @@ def numbers(line: str) -> list[str]:
     return read
 
 
+def without_code(text: str) -> str:
+    """Blank the blocks of code, which a test runs, keeping every place."""
+    block = re.compile(r"^```python\n.+?^```$", re.M | re.S)
+    return block.sub(lambda match: re.sub(r"[^\n]", " ", match[0]), text)
+
+
 def sections(text: str) -> dict[str, list[str]]:
     """Split at the headings: {number of the heading ("" before the first): lines}."""
     parts, section = {"": []}, ""
@@ -71,7 +77,8 @@ def check(text: str, expected: dict[str, list[tuple]]) -> list[str]:
     A line belongs to the first entry of its section that begins with the same words.
     """
     wrong = []
-    found = {name: lines for name, lines in sections(text).items() if any(map(numbers, lines))}
+    parts = sections(text).items()
+    found = {name: lines for name, lines in parts if any(map(numbers, lines))}
     for section in found.keys() | expected.keys():
         waiting = list(expected.get(section, []))
         for line in filter(numbers, found.get(section, [])):
@@ -426,6 +433,7 @@ def expected_2() -> dict[str, list[tuple]]:
                 [*no_strides, sum(no_strides), 1, 3, kernel - 1, unpooled],
             ),
             ("Taking the jump", [jump]),
+            ("<summary>", cite("2.1 to 2.4")),
             (
                 "Why it matters",
                 [unpooled, unpooled, field, percent(after.size, n), *cite("Sec. 1 and 2")],
@@ -591,7 +599,7 @@ def expected_3() -> dict[str, list[tuple]]:
             ),
             ("sum", [out, sum(dense), layers * wide, layers * narrow]),
             (
-                "To hand on",
+                "To output",
                 [out, f"{layers * wide / sum(dense):.1f}", out, *cite("ResNet-50"), area, 2]
                 + [start, start],
             ),
@@ -685,6 +693,7 @@ def expected_3() -> dict[str, list[tuple]]:
             ("Reading", [growth, start, out]),
             ("Giving", [inputs[-1], layers, layers - 1]),
             ("Forgetting", [layers, growth, layers * growth]),
+            ("<summary>", cite("3.2 and 3.4")),
         ],
     }
 
@@ -936,14 +945,18 @@ def read(name: str) -> str:
     return (THEORY / name).read_text(encoding="utf-8")
 
 
+def prose(name: str) -> str:
+    return without_code(read(name))
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_every_number_is_what_pytorch_and_the_accounting_compute(name, expected):
-    assert not check(read(name), expected[name])
+    assert not check(prose(name), expected[name])
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_every_changed_digit_is_noticed(name, expected):
-    text = read(name)
+    text = prose(name)
     tokens = NUMBER.finditer("\n".join(map(blanked, text.split("\n"))))
     digits = [i for match in tokens for i in range(*match.span()) if text[i].isdigit()]
     missed = [
@@ -957,7 +970,7 @@ def test_every_changed_digit_is_noticed(name, expected):
 
 def test_a_new_sentence_disturbs_its_own_line_only(expected):
     name = "2_parameters_and_receptive_field.md"
-    text = read(name).replace("Softmax has", "A new sentence with 7.\n\nSoftmax has")
+    text = prose(name).replace("Softmax has", "A new sentence with 7.\n\nSoftmax has")
     assert check(text, expected[name]) == ["2.3: nothing is computed for 'A new sentence with 7.'"]
 
 
@@ -1129,6 +1142,15 @@ def test_the_printed_page(page, tmp_path):
         assert "Answer." in sheet.replace("\u00a0", " ").split(quote)[1], quote
     fonts = subprocess.run(["pdffonts", str(pdf)], capture_output=True, text=True, check=True)
     assert set(re.findall(r"\+(\w*Math\w*)", fonts.stdout)) == {"CourseworkMath"}
+
+
+def test_the_code_to_check_it_yourself_runs():
+    blocks = re.findall(r"^```python\n(.+?)^```$", "".join(map(read, FILES)), re.M | re.S)
+    assert len(blocks) == 3
+    for block in blocks:
+        torch.manual_seed(0)
+        assert block.count("assert") >= 2
+        exec(compile(block, "theory", "exec"), {})
 
 
 def test_both_layers_of_question_1_are_the_same_function_and_learn_alike():
