@@ -1002,6 +1002,12 @@ def test_every_paper_named_in_the_text_is_among_the_sources():
         assert any(one.startswith(author) and one.endswith(year) for one in short), (author, year)
 
 
+def test_every_package_used_is_among_the_sources():
+    packages = re.findall(r"^[\w-]+", (ROOT / "requirements.txt").read_text("utf-8"), re.M)
+    software = read("SOURCES.md").split("## Software")[1].lower().replace("pytorch and", "torch,")
+    assert len(packages) > 10 and not [name for name in packages if name not in software]
+
+
 @pytest.mark.parametrize("path", sorted(THEORY.glob("*.md")), ids=lambda path: path.name)
 def test_no_formula_holds_what_a_repository_page_shows_wrongly(path):
     """Markdown takes the backslash before punctuation, so that "k\\,C" would show as "k,C"."""
