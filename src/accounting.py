@@ -165,9 +165,8 @@ def _merge(maps: Sequence[_Map], where: str) -> _Map:
 
 @dataclass
 class _Operation:
-    """One call of `aten::name` while the network runs, as the rules see it."""
+    """One tensor operation while the network runs, as the rules see it."""
 
-    name: str
     args: Sequence
     inputs: list[tuple[Tensor, _Map]]  # those of its tensors that are followed
     out: Tensor
@@ -439,7 +438,7 @@ class _Watch(TorchDispatchMode):
         if inputs:
             name = func._schema.name.removeprefix("aten::")
             rule = _pointwise if torch.Tag.pointwise in func.tags else RULES.get(name)
-            known = rule and rule(_Operation(name, args, inputs, tensors[0], self.path[-1]))
+            known = rule and rule(_Operation(args, inputs, tensors[0], self.path[-1]))
             reason = "transposed convolution" if name == "convolution" else name.strip("_")
             unknown = _Map((None, None), (_unknown(reason),) * 2)
             for tensor in tensors:
