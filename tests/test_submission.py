@@ -125,7 +125,7 @@ def project(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "ROOT", root)
     monkeypatch.setattr(notebooks, "FOLDER", root / "notebooks")
 
-    def theory_images(folder):
+    def theory_images(folder, texts):
         folder.mkdir()
         (folder / "theory.pdf").write_bytes(b"%PDF")
         (folder / "theory-page-1.png").write_bytes(b"\x89PNG")
@@ -545,10 +545,10 @@ def test_an_interrupted_or_failed_writing_leaves_nothing(project, monkeypatch):
 def test_without_a_browser_the_page_goes_and_a_line_says_how_to_print_it(
     project, monkeypatch, capsys
 ):
-    def no_browser(folder):
+    def no_browser(folder, texts):
         raise ProjectError("no Chromium or Chrome is installed")
 
-    def no_drawing(folder):
+    def no_drawing(folder, texts):
         folder.mkdir()
         (folder / "theory.pdf").write_bytes(b"%PDF")
         raise ProjectError("its page images need pdftoppm")
@@ -587,6 +587,18 @@ def test_collaborators(project, capsys):
     assert refused(project, collaborators="Sara") == [
         "theory/SOURCES.md names collaborators already: leave COLLABORATORS out"
     ]
+
+
+def test_the_first_page_of_the_theory_names_the_student(project):
+    cover = "# Answers\n\n| | |\n|---|---|\n| Student | *filled in by `make submission`* |\n"
+    project.write("theory/0_answers.md", cover + "| Student number | *filled in by `make`* |\n")
+    files = content(archive.build("سارا Ahmadi", "401", "Mina"))
+    assert (
+        "| Student | سارا Ahmadi |\n| Student number | 401 |"
+        in files["theory/0_answers.md"].decode()
+    )
+    page = files["reports/theory.html"].decode()
+    assert "سارا Ahmadi" in page and "Mina" in page and "filled in by" not in page
 
 
 # --- the run elsewhere
