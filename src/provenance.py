@@ -158,7 +158,9 @@ def object_digest(*objects) -> str:
             put(float(tensor.double().sum()) if tensor.numel() < 2**28 else "large")
             flat = tensor.reshape(-1)
             tensor = flat[:: max(1, flat.numel() // 2**20)]
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        # contiguous() would leave the strides of dimensions of size 1, which view() refuses
+        plain = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        digest.update(plain.view(torch.uint8).numpy().tobytes())
 
     def add(value) -> None:
         if isinstance(
