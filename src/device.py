@@ -2,10 +2,12 @@
 
 import contextlib
 import ctypes
+import dataclasses
 import os
 import random
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -133,6 +135,29 @@ def start(device: torch.device, profile: str) -> Runtime:
     # Without a half-width type, old cards are slower with the channels last.
     plain = device.type == GPU and autocast is None
     return Runtime(device, autocast, torch.contiguous_format if plain else torch.channels_last)
+
+
+def faster_precision(runtime: Runtime, step: Callable[[], object], gain: float = 1.2) -> Runtime:
+    """Choose bfloat16 on a CPU where a step is faster with it by a factor of `gain`.
+
+    Some processors multiply faster in bfloat16, others slower; on a GPU nothing is changed.
+
+    Args:
+        step: a forward and backward pass, called several times under each precision.
+    """
+    if runtime.device.type != "cpu":
+        return runtime
+    fastest = {}
+    for autocast in (None, torch.bfloat16):
+        candidate, laps = dataclasses.replace(runtime, autocast=autocast), []
+        for _ in range(4):
+            watch = Stopwatch(candidate)
+            with candidate.precision():
+                step()
+            laps.append(watch.lap())
+        fastest[candidate] = min(laps[1:])
+    plain, half = fastest
+    return half if fastest[half] * gain < fastest[plain] else plain
 
 
 def _keep_freed_memory() -> None:
