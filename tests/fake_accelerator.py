@@ -95,12 +95,16 @@ def hold(x):
 
 def execute(func, args, kwargs):
     """Compute an operation on the held tensors, after CUDA's checks."""
+    if torch.is_inference_mode_enabled():  # where compound operations arrive whole
+        out = func.decompose(*args, **kwargs)
+        if out is not NotImplemented:
+            return out
     name, leaves = func._schema.name.removeprefix("aten::"), []
     convert(leaves.append, (args, kwargs))
     tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
     ours = any(isinstance(x, FakeTensor) for x in tensors)
-    wanted = kwargs.get("device")
-    on_fake = ours if wanted is None else torch.device(wanted).type == NAME
+    wanted = [x for x in leaves if isinstance(x, torch.device)]
+    on_fake = wanted[0].type == NAME if wanted else ours
     if ours and name not in COPIES:
         strangers = [x for x in tensors if not isinstance(x, FakeTensor) and x.ndim]
         if name in INDEXING and isinstance(args[0], FakeTensor):  # its indices may be on the CPU
