@@ -26,6 +26,24 @@ def balanced(correct: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return correct * len(labels) / ((counts > 0).sum() * counts[labels])
 
 
+def summary(scores: Mapping, key: str, groups, labels: np.ndarray) -> dict[str, Metric]:
+    """Metrics of a network: training and validation over the seeds, test with a bootstrap.
+
+    Args:
+        groups: (N,), the photo of every test sample.
+        labels: (N,), true classes of the test samples.
+    """
+    metrics, units = {}, {"accuracy": "fraction", "mask_iou": "fraction", "cross_entropy": "nats"}
+    for name, unit in units.items():
+        for role in ("train", "val"):
+            means = by_seed(scores, key, name, role).mean(axis=1)
+            metrics[f"{key}.{role}_{name}"] = results.mean(means, unit)
+        values = by_seed(scores, key, name)
+        metrics[f"{key}.test_{name}"] = results.bootstrap(values, groups, unit)
+    weighted = balanced(by_seed(scores, key, "accuracy"), labels)
+    return metrics | {f"{key}.test_balanced_accuracy": results.bootstrap(weighted, groups)}
+
+
 def verdict(metric: Metric, gained="a gain", lost="a loss", unclear="interval includes 0") -> str:
     """Choose the words that fit the interval of a difference."""
     low, high = metric.ci95
@@ -35,6 +53,34 @@ def verdict(metric: Metric, gained="a gain", lost="a loss", unclear="interval in
 def with_range(metric: Metric) -> str:
     """A difference and its interval in one cell of a table."""
     return f"{metric:short} ({metric:range})"
+
+
+def in_percent(metric: Metric) -> str:
+    """A rate in percent, ± half its interval, without the sign, which the heading has."""
+    return f"{metric:±}".removesuffix(" %")
+
+
+def train_and_val(metrics: Mapping, key: str, name: str, form: str) -> str:
+    """Training and validation mean of a network in one cell, rates in percent."""
+    cells = [metrics[f"{key}.{role}_{name}"] for role in ("train", "val")]
+    values = (100 * m.value if m.unit == "fraction" else m.value for m in cells)
+    return " / ".join(format(value, form) for value in values)
+
+
+def ahead(metrics: Mapping, titles: Mapping, name: str, level: str) -> tuple[str, str, int]:
+    """Compare networks with a level.
+
+    Args:
+        titles: {key: title} of the networks, whose metrics are `key.name`.
+        level: name of the metric to compare with.
+
+    Returns:
+        The best network's title, its points above the level, and how many networks are above.
+    """
+    values = {key: metrics[f"{key}.{name}"].value for key in titles}
+    best, mark = max(values, key=values.get), metrics[level].value
+    count = sum(value > mark for value in values.values())
+    return titles[best], f"{100 * (values[best] - mark):+.1f}", count
 
 
 def plot_points(metrics: Mapping, panels: Mapping, kinds: Sequence[str], points: Sequence[int]):

@@ -238,6 +238,43 @@ def make_views(
     return views[:, :3] / 255, F.avg_pool2d(views[:, 3:], 2)[:, 0] > 127
 
 
+class FreshViews:
+    """Views that are made when they are asked for, on the run's device.
+
+    Args:
+        crops: {role: `Crops`}.
+        side: of the views in pixels.
+        config: with `angle`, `zoom` and `shift`, see the notebook.
+    """
+
+    def __init__(self, crops: Mapping[str, Crops], side: int, config, runtime):
+        self.crops, self.side, self.config, self.runtime = crops, side, config, runtime
+
+    def _see(self, role: str, index: Tensor, numbers: Mapping[str, Tensor]):
+        part, device = self.crops[role], self.runtime.device
+        chosen = {name: value.to(device) for name, value in numbers.items()}
+        views, masks = make_views(part.crops[index].to(device), self.side, **chosen)
+        views = views.contiguous(memory_format=self.runtime.memory_format)
+        return views, masks, part.labels[index].to(device)
+
+    def random(self, index: Tensor, epoch: int):
+        """Views (B, 3, side, side) of training objects, never the same, their masks and labels."""
+        seed, config = int(torch.randint(2**31, ())), self.config
+        numbers = draw_numbers(len(index), seed, config.angle, config.zoom, config.shift)
+        return self._see("train", index, numbers)
+
+    def fixed(self, role: str) -> Callable:
+        """A function of indices that gives upright views, the same each time."""
+        n, seed, config = len(self.crops[role]), FIXED_SEEDS[role], self.config
+        numbers = draw_numbers(n, seed, 0.0, config.zoom, config.shift)
+        return lambda index: self._see(role, index, {k: v[index] for k, v in numbers.items()})
+
+    def digest_parts(self) -> tuple:
+        """What a checkpoint knows of them."""
+        sums = [float(part.crops[::7, ..., ::5].double().sum()) for part in self.crops.values()]
+        return self.side, self.config, sums
+
+
 # --- from views to features -----------------------------------------------------------------------
 @dataclass
 class Views:
