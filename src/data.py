@@ -181,7 +181,7 @@ def central_square(image, side: int, least: int = 16) -> tuple[torch.Tensor, int
     short = min(image.size)
     if short < least:
         raise DataError(
-            f"The image is {image.width}x{image.height} pixels; at least {least}x{least} are needed."
+            f"The image has {image.width}x{image.height} pixels; {least}x{least} are needed."
         )
     left, top = (image.width - short) / 2, (image.height - short) / 2
     box = (left, top, left + short, top + short)

@@ -92,7 +92,7 @@ def sample(*views: View, resolution: int | None = None, device="cpu") -> tuple[T
     canvases, index = views[0].canvases, views[0].index
     half, out = canvases.shape[-1] // 2, resolution or views[0].side
     reached = torch.cat([view.corners() for view in views], dim=2)
-    low = (reached.amin(dim=2) + half).floor().clamp_min(0)  # (N, 2), x and y
+    low = ((reached.amin(dim=2) + half).floor() - 1).clamp_min(0)  # (N, 2), x and y
     need = (reached.amax(dim=2) + half - low).amax(dim=1)
     images = torch.empty(len(views), len(index), 3, out, out, device=device)
     for group in need.argsort().split(min(32, -(-len(index) // 4))):  # alike in window size
