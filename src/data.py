@@ -144,13 +144,49 @@ def read_image(path: Path) -> Image.Image:
         DataError: a missing or damaged file; names it.
     """
     with opened_image(path) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.mode[0] == "I":  # 16-bit grey, which Pillow would clip at 255
-            image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+        return upright_rgb(image)
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """A Pillow image as `read_image` gives it: upright 8-bit RGB, transparent parts white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode[0] == "I":  # 16-bit grey, which Pillow would clip at 255
+        image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def central_square(image, side: int, least: int = 16) -> tuple[torch.Tensor, int]:
+    """The central square of a photo, resized.
+
+    Args:
+        image: a Pillow image or a file name.
+        side: of the result, in pixels.
+        least: the shortest side that is accepted.
+
+    Returns:
+        (1, 3, side, side) in [0, 1], and the photo's shorter side.
+
+    Raises:
+        ProjectError: for what is not an image, cannot be read, or is too small.
+    """
+    if isinstance(image, (str, os.PathLike)):
+        image = read_image(Path(image))
+    elif isinstance(image, Image.Image):
+        image = upright_rgb(image)
+    else:
+        raise DataError(f"Give a Pillow image or a file name, not {type(image).__name__}.")
+    short = min(image.size)
+    if short < least:
+        raise DataError(
+            f"The image is {image.width}x{image.height} pixels; at least {least}x{least} are needed."
+        )
+    left, top = (image.width - short) / 2, (image.height - short) / 2
+    box = (left, top, left + short, top + short)
+    pixels = np.array(image.resize((side, side), Image.Resampling.LANCZOS, box=box))
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255, short
 
 
 def image_files(folder: Path) -> list[Path]:

@@ -95,7 +95,7 @@ def download_many(
         DownloadError: more of them failed; what has arrived is kept.
         DataError: full disk or unwritable folder.
     """
-    missing = {target: url for target, url in files.items() if not target.is_file()}
+    missing = {target: url for target, url in files.items() if not os.path.isfile(target)}
     if not missing:
         return []
     allowed = TOLERATED * len(files)

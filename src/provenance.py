@@ -96,7 +96,7 @@ def versions() -> dict[str, str]:
 
 def machine(device: torch.device) -> str:
     """One line on the hardware, for results and timings."""
-    if device.type == "cuda":
+    if device.type != "cpu":
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):

@@ -1,10 +1,11 @@
 """Stand-in images, drawn by our own code with a fixed seed for machines without data and network.
 
-They let every notebook run from top to bottom; results on them say nothing about the real data. CIFAR-like images are
-small 3-D models in random poses, COCO-like scenes are random 2-D silhouettes with their polygons, and the photos follow
-two statistics of natural images: an amplitude spectrum that falls as 1/f (Field, "Relations between the statistics of
-natural images and the response properties of cortical cells", 1987) and occlusion with power-law object sizes (Lee,
-Mumford and Huang, "Occlusion models for natural images", 2001).
+They let every notebook run from top to bottom; results on them say nothing about the real data.
+CIFAR-like images are small 3-D models in random poses, COCO-like scenes are random 2-D silhouettes
+with their polygons, and the photos follow two statistics of natural images: an amplitude spectrum
+that falls as 1/f (Field, "Relations between the statistics of natural images and the response
+properties of cortical cells", 1987) and occlusion with power-law object sizes (Lee, Mumford and
+Huang, "Occlusion models for natural images", 2001).
 """
 
 import json
@@ -29,13 +30,13 @@ def _rotation(axis: int, degrees: float) -> np.ndarray:
 
 
 def _clouds(rng: np.random.Generator, height: int, width: int, cells: int) -> np.ndarray:
-    """Smooth noise of `cells` x `cells` bumps (2: a slope), values around [-1, 1], shape (height, width, 1)."""
+    """Smooth noise of `cells` x `cells` bumps (2: a slope), around [-1, 1], (height, width, 1)."""
     coarse = Image.fromarray(rng.uniform(-1, 1, (cells, cells)).astype(np.float32))
     return np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))[..., None]
 
 
 def _natural_noise(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Colour noise with a 1/f amplitude spectrum, most of it luminance; std about 1, shape (height, width, 3)."""
+    """Colour noise with a 1/f amplitude spectrum, most of it luminance; std about 1, (h, w, 3)."""
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None, :])
     frequency[0, 0] = np.inf  # no constant part
     planes = np.fft.irfft2(
@@ -57,7 +58,7 @@ def _bytes(image: np.ndarray) -> np.ndarray:
 
 
 def _paint(rng: np.random.Generator, image: np.ndarray, outline: np.ndarray) -> None:
-    """Paint the polygon `outline` (k, 2) into `image` (h, w, 3) in a random colour, shaded and mottled."""
+    """Paint the polygon `outline` (k, 2) into `image` (h, w, 3), shaded and mottled."""
     x0, y0 = np.maximum(np.floor(outline.min(axis=0)), 0).astype(int)
     x1, y1 = np.minimum(np.ceil(outline.max(axis=0)) + 1, image.shape[1::-1]).astype(int)
     mask = Image.new("L", (x1 - x0, y1 - y0))
@@ -76,7 +77,10 @@ def _render(
     centre: np.ndarray,
     solid: bool,
 ) -> None:
-    """Draw `faces` [(polygon (k, 3), colour (3,))] shaded: by depth, or (`solid`) in list order without back faces."""
+    """Draw shaded `faces` [(polygon (k, 3), colour (3,))].
+
+    In the order of depth, or (`solid`) of the list without back faces.
+    """
     sizes = np.array([len(polygon) for polygon, _ in faces])
     starts = np.cumsum(sizes) - sizes
     points = np.concatenate([polygon for polygon, _ in faces]) @ rotation.T
@@ -170,7 +174,7 @@ def _airplane(rng: np.random.Generator) -> list:
 
 
 def _automobile(rng: np.random.Generator) -> list:
-    """Faces of a car along x, front at +1, in drawing order: body, cabin, windows, lights, wheels."""
+    """Faces of a car along x, front at +1: body, cabin, windows, lights, wheels."""
     paint = (*_PAINTS, _colour(rng))[rng.integers(6)]
     half, belt, roof = rng.uniform(0.36, 0.44), rng.uniform(0.02, 0.12), rng.uniform(0.36, 0.6)
     rear, front = (
@@ -194,7 +198,7 @@ def _automobile(rng: np.random.Generator) -> list:
         ]
 
     def pane(left: tuple, right: tuple, y_left: float, y_right: float) -> tuple:
-        """A window between two slanted pillars (x at belt, x at roof), slightly outside the cabin."""
+        """A window between two slanted pillars (x at belt, x at roof), just outside the cabin."""
         corners = [
             (left, y_left, 0.1),
             (right, y_right, 0.1),
@@ -262,7 +266,7 @@ _WALL = [
 
 
 def _cifar_image(rng: np.random.Generator, label: int) -> np.ndarray:
-    """One airplane (0) or automobile (1), now and then before the other's usual background; uint8 (32, 32, 3)."""
+    """One airplane (0) or automobile (1), now and then before the other's usual background."""
     aloft = (label == 0) == (rng.random() > 0.15)
     horizon = (
         (1.2 if rng.random() < 0.65 else rng.uniform(0.6, 0.95)) if aloft else rng.uniform(0.3, 0.7)
@@ -316,7 +320,9 @@ def _cifar_image(rng: np.random.Generator, label: int) -> np.ndarray:
 
 
 def draw_cifar(n_per_class: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draw airplanes (label 0), then automobiles (label 1); image i of a class is the same whatever `n_per_class` is.
+    """Draw airplanes (label 0), then automobiles (label 1).
+
+    Image i of a class is the same whatever `n_per_class` is.
 
     Returns:
         Images, uint8 (2 * n_per_class, 32, 32, 3), and labels, int64 (2 * n_per_class,).
@@ -329,7 +335,7 @@ def draw_cifar(n_per_class: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 # --- COCO-format scenes ---------------------------------------------------------------------------
 def _outline(numbers: str, mirrored: bool = False) -> np.ndarray:
-    """Polygon (k, 2) in [-1, 1]^2, y downwards, from "x y x y ..." in hundredths; `mirrored` adds the left half."""
+    """Polygon (k, 2) in [-1, 1]^2 from "x y ..." in hundredths; `mirrored` adds the left half."""
     points = np.array(numbers.split(), float).reshape(-1, 2) / 100
     return np.concatenate([points, points[::-1] * (-1, 1)]) if mirrored else points
 
@@ -435,7 +441,7 @@ def _scene(
 
 
 def write_coco(folder: Path, n_train: int, n_val: int, seed: int) -> None:
-    """Write scenes as `{train2017,val2017}/*.jpg` with `annotations/instances_*.json` into the new folder `folder`."""
+    """Write scenes and their `annotations/instances_*.json` into the new folder `folder`."""
     (folder / "annotations").mkdir(parents=True)
     for split, numbers in (
         ("train2017", range(1, n_train + 1)),
@@ -469,7 +475,7 @@ def write_coco(folder: Path, n_train: int, n_val: int, seed: int) -> None:
 
 # --- photo-like images ----------------------------------------------------------------------------
 def _photo(rng: np.random.Generator, side: int) -> np.ndarray:
-    """1/f colour noise under shaded discs and polygons with radii of density r^-3, float (side, side, 3)."""
+    """1/f colour noise under shaded discs and polygons, radii of density r^-3, (side, side, 3)."""
     image = _colour(rng) + rng.uniform(15, 40) * _natural_noise(rng, side, side)
     for _ in range(rng.integers(40, 160)):
         radius = 0.025 * side / np.sqrt(rng.uniform(0.004, 1))

@@ -218,7 +218,9 @@ class _Stepper:
             try:
                 seen = self._gradients(batch, epoch)
                 break
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not _is_out_of_memory(error):
+                    raise
                 size = _size(batch)
                 if self.parts >= size:
                     raise ProjectError(
@@ -230,6 +232,8 @@ class _Stepper:
                     f"{self.name}: out of memory; steps are taken in {self.parts} parts, whose "
                     "gradients are added up (BatchNorm sees each part)."
                 )
+            # Here the exception is gone, and with it the activations that its frames held.
+            self.optimizer.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
         before = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
@@ -241,15 +245,26 @@ class _Stepper:
 
     def _gradients(self, batch, epoch: int) -> list[tuple[dict, int]]:
         self.optimizer.zero_grad(set_to_none=True)
-        pieces = [batch] if self.parts == 1 else _cut(batch, self.parts)
+        parts = min(self.parts, _size(batch))  # the last batch may be smaller
+        pieces = [batch] if parts == 1 else _cut(batch, parts)
         seen = []
         for piece in pieces:
             with self.runtime.precision():
                 loss, metrics, n = self.step(piece, epoch)
-            share = 1.0 if self.parts == 1 else _size(piece) / _size(batch)
+            share = 1.0 if parts == 1 else _size(piece) / _size(batch)
             self.scaler.scale(loss * share).backward()
-            seen.append(({"loss": loss.detach(), **metrics}, n))
+            values = {"loss": loss, **metrics}
+            seen.append(
+                ({k: v.detach() if torch.is_tensor(v) else v for k, v in values.items()}, n)
+            )
+            del loss, metrics, values  # what hangs on them must not stand beside the next part
         return seen
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether the device's memory is full; CUDA's libraries report it in words of their own."""
+    words = "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 def _tensors(batch) -> list[Tensor]:

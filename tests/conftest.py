@@ -1,9 +1,11 @@
-"""What all tests share: the real data where it is at hand, and an environment that asks for nothing."""
+"""What all tests share: the real data where they are at hand, and a neutral environment."""
 
 import os
 from pathlib import Path
 
 import pytest
+
+from tests import mirror as mirrors
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -16,8 +18,15 @@ def neutral_environment(monkeypatch):
 
 
 @pytest.fixture
+def mirror():
+    """A server on this machine that stands for the official ones."""
+    with mirrors.running() as server:
+        yield server
+
+
+@pytest.fixture
 def real_data() -> Path:
-    """The folder with the real CIFAR-10 and COCO images; the test is skipped where there is none."""
+    """The folder with the real CIFAR-10 and COCO images; skips the test where there is none."""
     candidates = [Path(_REAL_DATA)] if _REAL_DATA else [ROOT.parent / "shared" / "data"]
     folder = next((folder for folder in candidates if (folder / "cifar10").is_dir()), None)
     if folder is None:

@@ -47,6 +47,16 @@ def test_a_card_without_kernels_falls_back_to_the_cpu_in_one_line(card, capsys):
     assert "Pretended T4 cannot be used" in line and "no kernel image" in line
 
 
+def test_a_card_that_does_not_even_tell_its_name_falls_back_to_the_cpu(card, monkeypatch, capsys):
+    def busy(*_):
+        raise RuntimeError("CUDA-capable device(s) is/are busy or unavailable")
+
+    card(kernels=False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", busy)
+    assert device.choose_device().type == "cpu"
+    assert "The GPU cannot be used" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("build, reason", [("13.0", "too old"), (None, "built without CUDA")])
 def test_a_gpu_that_this_pytorch_cannot_use_is_said(monkeypatch, capsys, build, reason):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -29,7 +29,7 @@ def test_cifar_shapes_order_and_determinism():
 
 
 def _gradient_features(images: np.ndarray) -> np.ndarray:
-    """Edge energy in 4 directions on an 8 x 8 grid: features that see shape rather than colour, (N, 256)."""
+    """Edge energy in 4 directions on an 8 x 8 grid: sees shape rather than colour, (N, 256)."""
     grey = images.mean(axis=3)
     dy, dx = np.gradient(grey, axis=(1, 2))
     angle = np.arctan2(dy, dx) % np.pi
@@ -89,7 +89,7 @@ def test_coco_masks_agree_with_polygons_boxes_and_areas(scenes, capsys):
 
 
 def test_coco_objects_are_painted_where_their_masks_are(scenes, capsys):
-    """Inside and just outside of an object, colours differ more than two halves of its surroundings do."""
+    """Colours differ more across an object's outline than between halves of its surroundings."""
     coco = COCO(str(scenes / "annotations" / "instances_train2017.json"))
     differences = []
     for annotation in coco.anns.values():

@@ -1,5 +1,6 @@
 import dataclasses
 import math
+import weakref
 
 import pytest
 import torch
@@ -195,13 +196,50 @@ def test_a_step_that_does_not_fit_is_taken_in_parts_with_the_same_gradient(capsy
         )
         return model.weight, history.column("train_loss")
 
-    whole, parts = run(30), run(3)
-    assert torch.allclose(whole[0], parts[0], atol=1e-6)
-    assert whole[1] == pytest.approx(parts[1], abs=1e-6)
+    whole = run(30)
+    for limit in (3, 1):  # of one sample, the last batch has fewer parts than the others
+        parts = run(limit)
+        assert torch.allclose(whole[0], parts[0], atol=1e-6)
+        assert whole[1] == pytest.approx(parts[1], abs=1e-6)
     printed = capsys.readouterr().out
     assert "steps are taken in 2 parts" in printed and "in 4 parts" in printed
     with pytest.raises(ProjectError, match="does not suffice for one sample"):
         run(0)
+
+
+def test_what_an_attempt_held_is_freed_before_the_next_one():
+    model, held, alive = nn.Linear(4, 2), [], []
+
+    def step(batch, epoch):
+        alive.append(sum(reference() is not None for reference in held))
+        activations = model(batch)
+        held.append(weakref.ref(activations))
+        if len(batch) > 8:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")
+        return activations.square().mean(), {"kept": activations.mean()}, len(batch)
+
+    training.fit(
+        "toy",
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        None,
+        lambda epoch: [X],
+        step,
+        lambda: {"loss": 0.0},
+        epochs=1,
+        seed=0,
+        runtime=RUNTIME,
+        quiet=True,
+    )
+    assert alive == [0] * 6, "attempts with 30 and 15 samples, then four parts"
+
+
+def test_another_error_is_no_lack_of_memory():
+    def broken(logits, labels):
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        train(loss=broken)
 
 
 def test_only_kernels_and_matrices_decay_and_frozen_parameters_stay_out():
@@ -281,3 +319,110 @@ def test_saving_where_a_file_is_in_the_way(tmp_path):
     (tmp_path / "models").write_text("in the way")
     with pytest.raises(ProjectError, match="cannot be written"):
         training.save_model(make(), tmp_path / "models" / "model.pt")
+
+
+# --- details that a training rests on
+
+
+def test_the_model_is_evaluated_in_evaluation_mode_and_trained_in_training_mode():
+    model, modes = make(), []
+
+    def validate():
+        modes.append(("validation", model.training))
+        return {"loss": 1.0}
+
+    def spy(logits, labels):
+        modes.append(("training", model.training))
+        return nn.functional.cross_entropy(logits, labels)
+
+    train(model=model, epochs=2, loss=spy, validate=validate)
+    assert set(modes) == {("training", True), ("validation", False)}
+    assert not model.training
+
+
+def test_every_epoch_has_its_own_random_numbers():
+    drawn = []
+
+    def spy(logits, labels):
+        drawn.append(torch.initial_seed())
+        return nn.functional.cross_entropy(logits, labels)
+
+    train(epochs=3, loss=spy, seed=3)
+    assert sorted(set(drawn)) == [30_000, 30_001, 30_002]
+
+
+def test_averaged_weights_by_hand():
+    """A weight moves by -1 a step, and the average by the share 1 - min(d, (1 + t) / (10 + t))."""
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    seen, last = [], []
+
+    def validate():
+        seen.append(model.weight.item())
+        return {"loss": -float(len(seen))}
+
+    def step(batch, epoch):
+        last.append(model.weight.item())
+        return model.weight.sum(), {}, 1
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    arguments = "toy", model, optimizer, None, lambda epoch: [torch.zeros(1)] * 2, step, validate
+    training.fit(*arguments, epochs=2, seed=0, runtime=RUNTIME, ema_decay=0.25, quiet=True)
+    average, wanted = 0.0, []
+    for t, weight in enumerate((-1.0, -2.0, -3.0, -4.0), start=1):
+        average += (1 - min(0.25, (1 + t) / (10 + t))) * (weight - average)
+        wanted.append(average)
+    assert seen == pytest.approx([wanted[1], wanted[3]]), "the average is what is validated"
+    assert last == [0, -1, -2, -3], "and the last weights train on"
+    assert model.weight.item() == pytest.approx(wanted[3])
+
+
+def test_a_training_that_was_cut_off_after_its_last_epoch_is_complete(folder, capsys):
+    kept = {}
+    real = training._save
+
+    def keep(content, path):
+        real(content, path)
+        kept[path] = path.read_bytes()
+
+    training._save, before = keep, real
+    try:
+        whole_model, whole = train()
+    finally:
+        training._save = before
+    for path, content in kept.items():
+        path.write_bytes(content)
+    model, history = train()
+    assert "continues after epoch 4 of 4" in capsys.readouterr().out
+    assert numbers(history) == numbers(whole) and not model.training
+    assert torch.equal(model[0].weight, whole_model[0].weight)
+
+
+def test_floats_and_tensors_are_averaged_alike():
+    means = training.RunningMean()
+    means.add({"a": 1.0, "b": torch.tensor(1.0, requires_grad=True)}, 1)
+    means.add({"a": 2.0, "b": torch.tensor(2.0)}, 3)
+    assert means.result() == {"a": 1.75, "b": 1.75}
+
+
+def test_matrices_are_stored_in_half_precision_and_vectors_are_not(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2))
+    training.save_model(model, tmp_path / "model.pt")
+    stored = torch.load(tmp_path / "model.pt", weights_only=True)["state"]
+    assert stored["0.weight"].dtype == torch.float16
+    assert {stored[k].dtype for k in ("0.bias", "1.weight", "1.running_var")} == {torch.float32}
+    assert stored["1.num_batches_tracked"].dtype == torch.int64
+
+
+@pytest.mark.parametrize("change", ["more", "fewer"])
+def test_a_model_file_with_more_or_fewer_entries_is_refused(tmp_path, change):
+    path = tmp_path / "model.pt"
+    training.save_model(make(), path, Config())
+    content = torch.load(path, weights_only=True)
+    if change == "more":
+        content["state"]["extra"] = torch.zeros(1)
+    else:
+        del content["state"]["0.bias"]
+    torch.save(content, path)
+    with pytest.raises(ProjectError, match="is of another model .1 entries differ"):
+        training.load_model(build, path)

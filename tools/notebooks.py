@@ -90,9 +90,7 @@ def definitions(name: str) -> types.ModuleType:
             tree = ast.parse(cell.source)
             for node in tree.body:
                 if not isinstance(node, _DEFINING):
-                    raise ProjectError(
-                        f"{name}, cell {number}, line {node.lineno}: a cell tagged `define` may only "
-                        "define."
-                    )
+                    place = f"{name}, cell {number}, line {node.lineno}"
+                    raise ProjectError(f"{place}: a cell tagged `define` may only define.")
             exec(compile(tree, f"<{name}, cell {number}>", "exec"), module.__dict__)
     return module

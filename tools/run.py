@@ -26,7 +26,7 @@ UNFINISHED = "reports/unfinished"  # a notebook's outputs while it runs, and aft
 
 
 class _Client(NotebookClient):
-    """Run a notebook; show bars inside it (the epochs) in the runner's own bar, do not store them."""
+    """Run a notebook; show its progress bars in the runner's own bar and do not store them."""
 
     bar: tqdm
 
@@ -41,11 +41,11 @@ class _Client(NotebookClient):
 
 
 class _Kernel(AsyncKernelManager):
-    """Start kernels of this environment, wherever the notebook's or an installed kernelspec leads."""
+    """Start kernels of this environment, wherever an installed kernelspec may lead."""
 
     @property
     def kernel_spec(self) -> KernelSpec:
-        return KernelSpec(**get_kernel_dict())
+        return KernelSpec(**get_kernel_dict(["--log-level=ERROR"]))
 
 
 def run(name: str, folder: Path | None = None) -> nbformat.NotebookNode:

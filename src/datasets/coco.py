@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 from pycocotools import coco as pycoco
@@ -68,7 +69,7 @@ def load_coco(
 
     def image_path(info: dict) -> Path:
         path = photos / names[info["id"]]
-        if not path.is_file():
+        if not os.path.isfile(path):  # False for names that no file can have, too
             raise DataError(
                 f"the image {path} named in {file.name} is missing: add it, or use another source"
             )
@@ -86,7 +87,7 @@ def _choose(
 ) -> list[int]:
     """The ids of those images (id: file name) that were asked for and can be had."""
     limit = images if isinstance(images, int) else None
-    asked = SAMPLE[split] if images == "sample" else sorted(names) if limit else images
+    asked = SAMPLE[split] if images == "sample" else sorted(names) if limit is not None else images
     ids = [number for number in asked if number in names]
     if source.downloads:
         files = [names[number] for number in ids[:limit]]
@@ -112,8 +113,8 @@ def fetch_photos(split: str, names: Sequence[str], folder: Path, mirror: str | N
         DownloadError: too many cannot be had.
         DataError: they are more than `MOST`, or cannot be stored.
     """
-    files = {folder / name: mirrored(f"{HOST}{split}/{name}", mirror) for name in names}
-    missing = [path for path in files if not path.is_file()]
+    files = {folder / name: mirrored(f"{HOST}{split}/{quote(name)}", mirror) for name in names}
+    missing = [path for path in files if not os.path.isfile(path)]
     if len(missing) > MOST:
         raise DataError(
             f"{len(missing)} photos are too many to download one by one: choose at most {MOST}, or "
@@ -209,7 +210,7 @@ def _photo_folder(base: Path, split: str) -> Path:
 def _read_annotations(file: Path) -> dict:
     try:
         document = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(
             f"cannot read the annotations {file} ({error}): replace the file"
         ) from error

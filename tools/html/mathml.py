@@ -1,4 +1,4 @@
-"""Formulas: TeX in Markdown, and its conversion to the MathML that browsers draw without a script."""
+"""Formulas: TeX in Markdown, and its conversion to MathML, which browsers draw by themselves."""
 
 import html
 import re

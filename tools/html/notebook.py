@@ -19,7 +19,7 @@ _RICHEST = (
 _ESCAPES = re.compile(  # links and titles of a terminal, its colours, single escapes
     r"\x1b\][^\x07\x1b]*(?:\x07|\x1b\\|$)|\x1b\[[0-?]*[ -/]*[@-~]|\x1b[^\[\]]?"
 )
-_OBJECT = re.compile(r"<[\w.]+ object( at 0x\w+)?>\Z")  # Python's word for what it cannot print
+_OBJECT = re.compile(r"<[^<>\n]*>\Z")  # what Python prints of an object that has a richer form
 
 
 def notebook_to_html(path: Path, out: Path) -> list[str]:
@@ -30,8 +30,8 @@ def notebook_to_html(path: Path, out: Path) -> list[str]:
         out: The file to write; its folder is made where missing.
 
     Returns:
-        One line, naming notebook and cell, for every output that the page could not show: without
-        alt text, in need of a script or a network. The page says so in its place.
+        One line, naming notebook and cell, for every output that the page could not show as it is:
+        without alt text, in need of a script or a network. The page says so in its place.
 
     Raises:
         ProjectError: The notebook cannot be read or the file not written; or, naming notebook and
@@ -87,23 +87,32 @@ def _output(page: Page, output, left_out: list[str]) -> str:
     if output.output_type == "error":
         summary = html.escape(last_state(f"{output.ename}: {output.evalue}"))
         trace = html.escape(last_state("\n".join(output.traceback)))
-        return (
-            f'<div class="error"><p><strong>Error.</strong> {summary}</p>\n<pre>{trace}</pre></div>\n'
-        )
-    reason = ""
+        title = f"<p><strong>Error.</strong> {summary}</p>"
+        return f'<div class="error">{title}\n<pre>{trace}</pre></div>\n'
+    shown, reasons = "", []
     for mime in filter(output.data.__contains__, _RICHEST):
         try:
-            if part := _form(page, mime, output):
-                return part
+            shown = _form(page, mime, output)
         except ProjectError as error:
-            reason = reason or str(error).removeprefix(f"{page.place}: ")
-    if not output.data:
-        return ""
-    reason = reason or f"a page cannot show {', '.join(output.data)}"
-    left_out.append(f"{page.place}: an output is left out of the page: {reason}")
-    source = output.data.get("text/markdown") or output.data.get("text/latex")
-    shown = f"<pre>{html.escape(source)}</pre>\n" if source else ""
-    return f'<p class="omitted">Left out here: {html.escape(reason)}</p>\n{shown}'
+            reasons.append(str(error).removeprefix(f"{page.place}: "))
+        if shown:
+            if mime.startswith("image/") and not _alt(output, mime):
+                reasons.append("a picture without alt text; show figures with run.show")
+            break
+    else:
+        if not reasons and any(output.data.values()):
+            reasons.append(f"a page cannot show {', '.join(output.data)}")
+        if source := output.data.get("text/markdown") or output.data.get("text/latex"):
+            shown = f"<pre>{html.escape(source)}</pre>\n"
+    if not reasons:
+        return shown
+    left_out.append(f"{page.place}: {reasons[0]}")
+    return f'<p class="omitted">Not shown as it is: {html.escape(reasons[0])}</p>\n{shown}'
+
+
+def _alt(output, mime: str) -> str:
+    about = output.metadata.get(mime, {})
+    return str(about.get("alt", "")).strip() if isinstance(about, dict) else ""
 
 
 def _form(page: Page, mime: str, output) -> str:
@@ -119,12 +128,13 @@ def _form(page: Page, mime: str, output) -> str:
         return f'<div class="prose">{page.prose(tex.strip())}</div>\n'
     if mime == "text/plain":
         text = last_state(data)
-        return "" if not text or _OBJECT.match(text) else f"<pre>{html.escape(text)}</pre>\n"
+        empty = not text or (len(output.data) > 1 and _OBJECT.match(text))
+        return "" if empty else f"<pre>{html.escape(text)}</pre>\n"
     try:
         raw = data.encode() if mime == "image/svg+xml" else base64.b64decode(data)
     except binascii.Error:
         raise ProjectError(f"{page.place}: a broken picture") from None
-    alt = html.escape(output.metadata.get(mime, {}).get("alt", ""))
+    alt = html.escape(_alt(output, mime) or "a picture without description")
     return page.checked(f'<p class="figure"><img src="{data_uri(mime, raw)}" alt="{alt}"></p>\n')
 
 

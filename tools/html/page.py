@@ -1,4 +1,4 @@
-"""What every page has: Markdown, formulas, an outline, links, and the check that it stands alone."""
+"""What every page has: Markdown, an outline, links, and the check that it stands alone."""
 
 import base64
 import hashlib

@@ -1,0 +1,196 @@
+"""A fake accelerator: its tensors say that they are on device "fake" and compute on the CPU inside.
+
+It obeys CUDA's rules, so that code which passes on it mixes no devices: an operation takes no
+tensors of the CPU but numbers and indices, no generator of the CPU, and nothing becomes NumPy
+without `.cpu()`. Autocast follows CUDA's lists of operations, read from PyTorch's own header. It
+knows nothing of a real card's memory, speed, or missing kernels.
+
+`install` puts it in CUDA's place. PyTorch's hooks for backends written in Python are needed, which
+are experimental: `MISSING` says what this PyTorch lacks.
+"""
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch.utils import backend_registration
+from torch.utils._python_dispatch import return_and_correct_aliasing
+from torch.utils._pytree import tree_leaves, tree_map
+
+from src import device
+
+NAME = "fake"
+HEADER = Path(torch.__file__).parent / "include" / "ATen" / "autocast_mode.h"
+COPIES = {"_to_copy", "copy_"}  # may see both devices
+INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
+# Operations without a tensor among their arguments that PyTorch cannot build from `empty`.
+FACTORIES = """empty.memory_format empty_strided arange arange.start arange.start_step eye eye.m
+    randperm randperm.generator tril_indices triu_indices"""
+POLICIES = {  # by the name of the header's list
+    "LOWER_PRECISION_FP": "lower",
+    "FP32": "float32",
+    "FP32_SET_OPT_DTYPE": "float32",
+    "PROMOTE": "promote",
+}
+
+
+class FakeTensor(torch.Tensor):
+    """A tensor on the fake device; `held` is the CPU tensor with its numbers."""
+
+    @staticmethod
+    def __new__(cls, held):
+        layout = {"strides": held.stride(), "storage_offset": held.storage_offset()}
+        kind = {"dtype": held.dtype, "device": torch.device(NAME, 0)}
+        return torch.Tensor._make_wrapper_subclass(cls, held.size(), **layout, **kind)
+
+    def __init__(self, held):
+        self.held = held
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return execute(func, args, kwargs or {})
+
+    def numpy(self, *args, **kwargs):
+        raise TypeError(
+            f"can't convert {NAME} device type tensor to numpy. Use Tensor.cpu() first."
+        )
+
+    __array__ = numpy
+
+    def tolist(self):
+        return self.detach().cpu().tolist()
+
+    def __repr__(self):
+        return repr(self.detach().cpu())
+
+    def __format__(self, specification):
+        return format(self.detach().cpu(), specification)
+
+    def __reduce_ex__(self, protocol):
+        arguments = self.detach().cpu(), self.dtype, str(self.device), self.requires_grad
+        return torch._utils._rebuild_device_tensor_from_cpu_tensor, arguments
+
+    def __deepcopy__(self, memo):
+        copy = self.detach().clone()
+        copy = torch.nn.Parameter(copy) if isinstance(self, torch.nn.Parameter) else copy
+        return memo.setdefault(id(self), copy.requires_grad_(self.requires_grad))
+
+
+def execute(func, args, kwargs):
+    """Compute an operation on the held tensors, after CUDA's checks."""
+    name, leaves = func._schema.name.removeprefix("aten::"), tree_leaves((args, kwargs))
+    tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
+    ours = any(isinstance(x, FakeTensor) for x in tensors)
+    wanted = kwargs.get("device")
+    on_fake = ours if wanted is None else torch.device(wanted).type == NAME
+    if ours and name not in COPIES:
+        strangers = [x for x in tensors if not isinstance(x, FakeTensor) and x.ndim]
+        if name in INDEXING and isinstance(args[0], FakeTensor):  # its indices may be on the CPU
+            strangers = [x for x in args[2:3] if any(x is y for y in strangers)]
+        if strangers:
+            raise RuntimeError(
+                "Expected all tensors to be on the same device, but found at least two devices, "
+                f"{NAME} and cpu ({name} of {[tuple(x.shape) for x in strangers]})"
+            )
+    if on_fake and any(isinstance(x, torch.Generator) for x in leaves):
+        raise RuntimeError(
+            f"Expected a '{NAME}' device type for generator but found 'cpu' ({name})"
+        )
+
+    def hold(x):
+        if isinstance(x, torch.device):
+            return torch.device("cpu")
+        return x.held if isinstance(x, FakeTensor) else x
+
+    out = func(*tree_map(hold, args), **tree_map(hold, kwargs))
+    if name == "copy_":  # gives its target, wherever that is
+        return args[0]
+    if not on_fake:
+        return out
+    wrapped = tree_map(lambda x: FakeTensor(x) if isinstance(x, torch.Tensor) else x, out)
+    return return_and_correct_aliasing(func, args, kwargs, wrapped)
+
+
+def autocast_policies() -> dict:
+    """What CUDA's autocast does with an operation: "lower", "float32", "promote" or "banned"."""
+    found = {torch.ops.aten.binary_cross_entropy.default: "banned"}
+    lists = re.findall(r"#define AT_FORALL_(\w+)\(_\)\s*\\\n((?:.*\\\n)*.*)", HEADER.read_text())
+    for title, entries in lists:
+        for name, overload in re.findall(r"_\((\w+)(?:, (\w+))?\)", entries):
+            packet = getattr(torch.ops.aten, name, None)
+            if title in POLICIES and hasattr(packet, overload or "default"):
+                found[getattr(packet, overload or "default")] = POLICIES[title]
+    return found
+
+
+def cast_and_execute(func, policy, args, kwargs):
+    """Cast what an operation gets as CUDA's autocast does, then go on to the operation."""
+
+    def eligible(x):
+        return isinstance(x, FakeTensor) and x.is_floating_point() and x.dtype != torch.float64
+
+    if policy == "banned":
+        raise RuntimeError(f"{func} is unsafe to autocast: use the version with logits.")
+    lower = torch.get_autocast_dtype(NAME)
+    widest = torch.float32 in {x.dtype for x in tree_leaves((args, kwargs)) if eligible(x)}
+    target = torch.float32 if policy == "float32" or policy == "promote" and widest else lower
+    args, kwargs = tree_map(lambda x: x.to(target) if eligible(x) else x, (args, kwargs))
+    key = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
+    with torch._C._ExcludeDispatchKeyGuard(key):
+        return func(*args, **kwargs)
+
+
+def register() -> list[torch.library.Library]:
+    """Tell PyTorch of the device; the registrations last as long as the libraries are kept."""
+    backend_registration._setup_privateuseone_for_python_backend(NAME)
+    getattr(torch, NAME).get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
+    aten, others = torch.library.Library("aten", "IMPL"), torch.library.Library("_", "IMPL")
+    others.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+    for func, policy in autocast_policies().items():
+
+        def cast(*args, _func=func, _policy=policy, **kwargs):
+            return cast_and_execute(_func, _policy, args, kwargs)
+
+        aten.impl(func, cast, "AutocastPrivateUse1")
+    for name in FACTORIES.split():
+        operation, _, overload = name.partition(".")
+        func = getattr(getattr(torch.ops.aten, operation), overload or "default")
+
+        def make(*args, _func=func, **kwargs):
+            return execute(_func, args, kwargs | {"device": torch.device(NAME, 0)})
+
+        aten.impl(func, make, "PrivateUse1")
+
+    def copy(source, target, non_blocking=False):
+        return execute(torch.ops.aten.copy_.default, (target, source), {})
+
+    aten.impl("_copy_from", copy, "PrivateUse1")
+    return [aten, others]
+
+
+MISSING = None
+if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
+    MISSING = "this PyTorch has no hooks for backends written in Python"
+elif not HEADER.is_file():
+    MISSING = "this PyTorch comes without its headers"
+else:  # now, because the first backward pass of a process fixes which devices there are
+    _libraries = register()
+
+
+def install(monkeypatch, capability=(8, 0), gigabytes=16.0) -> torch.device:
+    """Put the fake accelerator in CUDA's place, as a card of a capability and with that memory."""
+    monkeypatch.setattr(device, "GPU", NAME)
+    answers = {
+        "is_available": True,
+        "get_device_name": "Fake accelerator",
+        "get_device_properties": SimpleNamespace(total_memory=gigabytes * 1e9),
+        "get_device_capability": capability,
+        "mem_get_info": (gigabytes * 1e9, gigabytes * 1e9),
+        "synchronize": None,
+    }
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, _answer=answer: _answer)
+    return torch.device(NAME)

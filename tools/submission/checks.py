@@ -1,0 +1,327 @@
+"""What speaks against handing a project in, each problem with its notebook, cell or file.
+
+A check is a function of a run, or of all runs, that yields one line per problem; add it to
+`RUN_CHECKS` or to `problems`.
+"""
+
+import re
+import subprocess
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import mistune
+import nbformat
+
+from src import ROOT, ProjectError
+from src.provenance import code_fingerprint
+from src.results import load_results, reports_folder
+from tools import notebooks
+from tools.html import digest
+
+# The questions of the assignment as the headings in theory/ number them; the parts of the fourth
+# belong to Practical 2. Each Practical is quoted by the notebook that answers it.
+THEORY = "1.1 2.1 2.2 2.3 2.4 3.1a 3.1b 3.1c 3.2a 3.2b 3.3a 3.3b 3.4a 3.4b 4.1 4.2 4.3 4.4".split()
+PRACTICAL = (1, 2, 3)
+
+_PLACEHOLDER = re.compile(
+    r"\b(?:TODO|TBD|FIXME)\b|\bto be filled in\b|\byour (?:answer|code) (?:here|goes)\b"
+    r"|\braise NotImplementedError|\blorem ipsum|(?:پاسخ|جواب|کد) خود را",
+    re.I,
+)
+MACHINE_PATH = re.compile(
+    r"(?<![\w.-])/(?:home|Users|root|tmp|work|var/folders)/[^\s'\"<>]*"
+    r"|\b[A-Za-z]:[\\/]+Users[\\/][^\s'\"<>]*"
+)
+_ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+
+
+@dataclass(frozen=True)
+class Run:
+    """An executed notebook and what its run wrote."""
+
+    name: str
+    path: Path  # notebooks/NAME.ipynb, or reports/standin/NAME.ipynb
+    notebook: nbformat.NotebookNode
+
+    @property
+    def place(self) -> str:
+        return relative(self.path)
+
+    @cached_property
+    def about(self) -> dict:
+        return notebooks.about(self.notebook)
+
+    @property
+    def standin(self) -> bool:
+        return is_standin(self.about)
+
+    @property
+    def page(self) -> Path:
+        return reports_folder(self.standin) / f"{self.name}.html"
+
+    @property
+    def result(self) -> Path:
+        return reports_folder(self.standin) / "results" / f"{self.name}.json"
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def is_standin(about: dict) -> bool:
+    """Whether a run, or a results file, says nothing about the real data."""
+    return bool(about.get("standin")) or about.get("profile") in ("smoke", "demo")
+
+
+def find_runs(allow_standin: bool) -> list[Run]:
+    """List the runs to hand in: the notebooks as they are.
+
+    Where the stand-in is allowed and a notebook cannot go as it is, its run on the stand-in goes.
+    """
+    runs = []
+    for name in notebooks.names():
+        run = Run(name, notebooks.FOLDER / f"{name}.ipynb", notebooks.read(name))
+        other = reports_folder(True) / f"{name}.ipynb"
+        if allow_standin and other.is_file() and any(run_problems(run, allow_standin)):
+            run = Run(name, other, notebooks.read_file(other))
+        runs.append(run)
+    return runs
+
+
+def problems(runs: list[Run], allow_standin: bool) -> list[str]:
+    """List all that speaks against these runs, with this project's theory and results."""
+    found = [line for run in runs for line in run_problems(run, allow_standin)]
+    return found + list(_result_problems(runs, allow_standin)) + list(_answer_problems(runs))
+
+
+def run_problems(run: Run, allow_standin: bool) -> Iterator[str]:
+    for check in RUN_CHECKS:
+        yield from check(run)
+    if run.standin and not allow_standin:
+        profile = run.about["profile"]
+        yield (
+            f"{run.place}: a run of profile {profile} on {run.about.get('data_source')}; run it "
+            "on real data with another profile, or hand it in marked as such: ALLOW_STANDIN=1"
+        )
+
+
+# --- one run
+
+
+def _cells(run: Run) -> Iterator[tuple[str, dict]]:
+    for number, cell in enumerate(run.notebook.cells, 1):
+        yield f"{run.place}, cell {number}", cell
+
+
+def _cell_problems(run: Run) -> Iterator[str]:
+    for place, cell in _cells(run):
+        if found := _PLACEHOLDER.search(cell.source):
+            yield f"{place}: it still holds the placeholder {found[0]!r}"
+        for output in cell.get("outputs", []):
+            if output.output_type == "error":
+                yield f"{place}: it failed with {output.ename}: {output.evalue}"
+            if found := machine_path(output):
+                yield f"{place}: the output names this machine: {found!r}; print relative paths"
+
+
+def machine_path(value) -> str | None:
+    """Find a path of this machine in an output or a result; a picture's bytes do not count."""
+    text = "\n".join(_texts(value))
+    found = MACHINE_PATH.search(text)
+    return found[0] if found else str(ROOT) if str(ROOT) in text else None
+
+
+def _texts(value) -> Iterator[str]:
+    if isinstance(value, str):
+        yield _ANSI.sub("", value)
+    elif isinstance(value, dict):
+        for key, entry in value.items():
+            encoded = key.startswith(("image/", "audio/", "video/")) and key != "image/svg+xml"
+            if not (encoded and isinstance(entry, str)):
+                yield from _texts(entry)
+    elif isinstance(value, list):
+        for entry in value:
+            yield from _texts(entry)
+
+
+def order_problems(run: Run) -> Iterator[str]:
+    """Code cells are numbered 1, 2, 3, …: run once each, top to bottom, in a fresh kernel."""
+    # An empty cell is not run and does not count.
+    code = [(p, c) for p, c in _cells(run) if c.cell_type == "code" and c.source.strip()]
+    for count, (place, cell) in enumerate(code, 1):
+        if cell.execution_count != count:
+            number = cell.execution_count
+            how = f"run as number {number}, not {count}" if number else "not run"
+            yield f"{place}: it was {how}; restart the kernel and run all cells, or `make html`"
+            return
+
+
+def page_problems(run: Run) -> Iterator[str]:
+    """A page names the digest of the notebook that it was made from."""
+    again = f"python -m tools.html notebook {run.place} {relative(run.page)}"
+    stamp = f'<meta name="source-sha256" content="{digest(run.path)}">'
+    if not run.page.is_file():
+        yield f"{run.place}: its page {relative(run.page)} is missing; {again}"
+    elif stamp not in run.page.read_text(encoding="utf-8"):
+        yield f"{run.place}: its page {relative(run.page)} shows another state of it; {again}"
+
+
+def _code_problems(run: Run) -> Iterator[str]:
+    """The fingerprint of the present code is that of the outputs and that of the results."""
+    try:
+        stored = load_results(run.result)
+    except ProjectError as error:
+        yield f"{run.place}: {error}"
+        return
+    source, made = notebooks.FOLDER / f"{run.name}.ipynb", stored.get("fingerprint")
+    if any(code_fingerprint(path, folder=ROOT) != made for path in {source, run.path}):
+        changed = _changed_since(stored.get("commit"), source)
+        yield f"{run.place}: its results are older than its code{changed}; run the notebook again"
+    elif run.about.get("fingerprint") != made:
+        yield f"{run.place}: outputs and {relative(run.result)} are of two runs; run it again"
+
+
+def _changed_since(commit, *paths: Path) -> str:
+    """Name the files that differ from a commit, where git can tell; it decides nothing."""
+    command = ["git", "diff", "--name-only", "--relative", str(commit), "--", "src", *paths]
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return f" (changed since: {', '.join(done.stdout.split())})" if done.stdout.split() else ""
+
+
+def _notebook_answers(run: Run) -> Iterator[str]:
+    blocks, level = [], 0
+    for place, cell in _cells(run):
+        if cell.cell_type == "markdown":
+            blocks += markdown_blocks(cell.source, place, level)
+            level = blocks[-1].level if blocks else 0
+        elif cell.source.strip():
+            blocks.append(Block("text", level, cell.source, place))
+    yield from unanswered_lines(blocks)
+
+
+RUN_CHECKS = (_cell_problems, order_problems, page_problems, _code_problems, _notebook_answers)
+
+
+# --- all results
+
+
+def results_of(runs: list[Run]) -> list[Path]:
+    """List the results that go with these runs; a stand-in run's replaces that of the real data."""
+    replaced = {reports_folder() / "results" / run.result.name for run in runs if run.standin}
+    own = {run.result for run in runs if run.result.is_file()}
+    return sorted(set(reports_folder().glob("results/*.json")) - replaced | own)
+
+
+def _result_problems(runs: list[Run], allow_standin: bool) -> Iterator[str]:
+    """Results are whole, of real data unless allowed, and of the present code.
+
+    `reports/results/NAME_what.json` is an earlier run of the notebook NAME and keeps its own code.
+    """
+    sources = [notebooks.FOLDER / f"{run.name}.ipynb" for run in runs]
+    present = {code_fingerprint(*paths, folder=ROOT) for paths in ([], *([s] for s in sources))}
+    for path in results_of(runs):
+        try:
+            stored = load_results(path)
+        except ProjectError as error:
+            yield f"{relative(path)}: {error}"
+            continue
+        if is_standin(stored) and not allow_standin:
+            yield f"{relative(path)}: a result of the profile {stored['profile']} or the stand-in"
+        if found := machine_path({k: v for k, v in stored.items() if k != "metrics"}):
+            yield f"{relative(path)}: it names this machine: {found!r}"
+        ours = any(path.stem == run.name or path.stem.startswith(f"{run.name}_") for run in runs)
+        if not ours and stored.get("fingerprint", "") not in present | {""}:
+            yield f"{relative(path)}: older than the code; run what made it again"
+
+
+# --- answers
+
+
+@dataclass(frozen=True)
+class Block:
+    """A heading, a quotation (the assignment's words), or anything else."""
+
+    kind: str  # heading, quote or text
+    level: int  # of the heading, or of the one it stands under
+    text: str
+    place: str
+
+
+def markdown_blocks(text: str, place: str, level: int = 0) -> list[Block]:
+    """Take Markdown apart.
+
+    Args:
+        text: The Markdown.
+        place: Where it stands, for messages.
+        level: Of the heading that it stands under.
+    """
+    blocks = []
+    for token in mistune.create_markdown(renderer="ast")(text):
+        kind = {"heading": "heading", "block_quote": "quote"}.get(token["type"], "text")
+        if kind == "heading":
+            level = token["attrs"]["level"]
+        if re.search(r"\w", words := " ".join("".join(_words(token)).split())):
+            blocks.append(Block(kind, level, words, place))
+    return blocks
+
+
+def _words(token: dict) -> Iterator[str]:
+    yield token.get("raw", " " if token["type"] == "softbreak" else "")
+    for child in token.get("children", ()):
+        yield from _words(child)
+
+
+def unanswered(blocks: Iterable[Block]) -> list[Block]:
+    """List the headings and quotations with nothing of the student's below them.
+
+    A heading reaches to the next of its level or above, a quotation to the next quotation.
+    """
+    waiting, empty = [], []
+    for block in blocks:
+        if block.kind == "text":
+            waiting = []
+            continue
+        ended = [
+            b
+            for b in waiting
+            if (block.kind == "heading" and block.level <= b.level)
+            or block.kind == b.kind == "quote"
+        ]
+        empty += ended
+        waiting = [b for b in waiting if b not in ended] + [block]
+    return empty + waiting
+
+
+def unanswered_lines(blocks: Iterable[Block]) -> Iterator[str]:
+    for block in unanswered(blocks):
+        yield f"{block.place}: nothing answers {block.text[:80]!r}"
+
+
+def _answer_problems(runs: list[Run]) -> Iterator[str]:
+    """Every question of the assignment has its answer; no theory file is empty or half done."""
+    numbered = set()
+    for path in sorted((ROOT / "theory").glob("[0-9]*.md")):
+        text = path.read_text(encoding="utf-8")
+        blocks = markdown_blocks(text, path.name)
+        if not any(block.kind == "text" for block in blocks):
+            yield f"{path.name}: it is empty"
+        else:
+            yield from unanswered_lines(blocks)
+        for number, line in enumerate(text.splitlines(), 1):
+            if found := _PLACEHOLDER.search(line):
+                yield f"{path.name}, line {number}: it still holds the placeholder {found[0]!r}"
+        numbered |= {block.text.split()[0] for block in blocks if block.kind == "heading"}
+    for question in THEORY:
+        if question not in numbered:
+            yield f"theory: question {question} has no answer; its heading starts with this number"
+    texts = [cell.source for run in runs for _, cell in _cells(run) if cell.cell_type == "markdown"]
+    for number in PRACTICAL:
+        if not any(re.search(rf"^>.*\bPractical {number}\b", text, re.M) for text in texts):
+            yield f"notebooks: none quotes the task of Practical {number}, so it has no answer"
