@@ -222,7 +222,7 @@ def plot_fields(heads: dict, backbone, images: Tensor):
     Returns:
         {title: mean distances of the seeds, "uniform": that of a uniform field}, and the figure.
     """
-    fig, axes = plt.subplots(1, len(heads), figsize=(3.7 * len(heads), 3.8))
+    fig, (axes,) = plt.subplots(1, len(heads), figsize=(3.7 * len(heads), 3.8), squeeze=False)
     side = images.shape[-1]
     positions, radii = side // objects.STRIDES[0], {}
     for ax, (title, of_seeds) in zip(axes, heads.items()):
