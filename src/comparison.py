@@ -60,8 +60,8 @@ def verdict(metric: Metric, gained="a gain", lost="a loss", unclear="interval in
 
 
 def with_range(metric: Metric) -> str:
-    """A difference and its interval in one cell of a table."""
-    return f"{metric:short} ({metric:range})"
+    """A difference in points and its interval, in one cell of a table whose heading has the unit."""
+    return f"{metric:short} ({metric:range})".replace(" points", "")
 
 
 def in_percent(metric: Metric) -> str:

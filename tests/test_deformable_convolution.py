@@ -18,7 +18,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from src import ROOT, ProjectError, fast_sampling, objects, training, trials
+from src import ROOT, ProjectError, backbones, fast_sampling, objects, training, trials
 from src.device import Runtime
 from tools import bench, notebooks
 from tools.notebooks import definitions
@@ -1202,7 +1202,7 @@ def test_the_deformable_stage_starts_as_the_dilated_one():
 
 def test_the_fine_tuned_network_learns_on_a_few_images():
     torch.manual_seed(0)
-    model = nb.FineTuned("deformable", 2, pretrained=False)
+    model = nb.FineTuned(backbones.load_backbone("resnet18", pretrained=False), "deformable", 2)
     images, masks = torch.rand(8, 3, 32, 32), torch.zeros(8, 16, 16, dtype=torch.bool)
     images[::2] *= 0.3
     masks[:, 4:12, 4:12] = True
