@@ -60,7 +60,7 @@ def verdict(metric: Metric, gained="a gain", lost="a loss", unclear="interval in
 
 
 def with_range(metric: Metric) -> str:
-    """A difference in points and its interval, in one cell of a table whose heading has the unit."""
+    """A difference and its interval in one cell, without the unit, which the heading has."""
     return f"{metric:short} ({metric:range})".replace(" points", "")
 
 

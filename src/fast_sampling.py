@@ -261,6 +261,12 @@ def is_fast(dtype: torch.dtype) -> bool:
     return dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling()
 
 
+def output_size(input: Tensor, weight: Tensor, *place: tuple[int, int]) -> tuple[int, ...]:
+    """The output's size (H', W') of a convolution with this stride, padding and dilation."""
+    axes = zip(input.shape[2:], weight.shape[2:], *place)
+    return tuple(accounting.output_size(*of_axis) for of_axis in axes)
+
+
 def check_arguments(input, offset, weight, bias, stride, padding, dilation, mask):
     """Check the arguments of `deform_conv2d`.
 
@@ -293,8 +299,7 @@ def check_arguments(input, offset, weight, bias, stride, padding, dilation, mask
     taps, shape = math.prod(kernel_size), tuple(offset.shape)
     if not weight.numel() or channels % share or outputs % (channels // share):
         refuse(f"a weight of shape {tuple(weight.shape)} does not fit {channels} input channels.")
-    axes = zip(input.shape[2:], kernel_size, stride, padding, dilation)
-    size = tuple(accounting.output_size(*of_axis) for of_axis in axes)
+    size = output_size(input, weight, stride, padding, dilation)
     groups, rest = divmod(offset.shape[1], 2 * taps)
     if rest or not groups or channels % groups or (shape[0], *shape[2:]) != (len(input), *size):
         needs = f"({len(input)}, 2 * {taps} * offset groups, {size[0]}, {size[1]})"

@@ -71,7 +71,7 @@ def test_words_follow_the_interval():
         metric = results.Metric(sum(bounds) / 2, 5, bounds, results.POINTS)
         assert comparison.verdict(metric, *words) == wanted
     metric = results.Metric(4.2, 100, (2.1, 6.3), results.POINTS)
-    assert comparison.with_range(metric) == "+4 (+2 to +6)"
+    assert comparison.with_range(metric) == "+4.2 (+2.1 to +6.3)"
     assert comparison.in_percent(results.Metric(0.42, 9, (0.4, 0.44), "fraction")) == "42.0 ± 2.0"
 
 
