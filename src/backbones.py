@@ -109,7 +109,8 @@ class _EfficientNetLite(nn.Module):
         maps = [network._swish(network._bn0(network._conv_stem(x)))]
         for block in network._blocks:
             maps.append(block(maps[-1]))
-        return maps
+        # The deepest map: its mean over the positions is what `forward` gives.
+        return [*maps, network._swish(network._bn1(network._conv_head(maps[-1])))]
 
 
 class _ResNet(nn.Module):

@@ -234,6 +234,6 @@ def fourier_mellin(first: np.ndarray, second: np.ndarray) -> list[float]:
 
 
 def fourier_mellin_all(first: Tensor, second: Tensor) -> Tensor:
-    """`fourier_mellin` of RGB images (N, 3, S, S) -> changes (N, 4)."""
+    """`fourier_mellin` of RGB images (N, 3, S, S), in any unit -> changes (N, 4)."""
     pairs = (images.float().mean(dim=1).cpu().numpy().astype(float) for images in (first, second))
     return torch.tensor([fourier_mellin(a, b) for a, b in zip(*pairs)]).float()

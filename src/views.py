@@ -92,10 +92,10 @@ def sample(*views: View, resolution: int | None = None, device="cpu") -> tuple[T
     canvases, index = views[0].canvases, views[0].index
     half, out = canvases.shape[-1] // 2, resolution or views[0].side
     reached = torch.cat([view.corners() for view in views], dim=2)
-    low = (reached.amin(dim=2) + half).floor().clamp_min(0)  # (N, 2), x and y
+    low = ((reached.amin(dim=2) + half).floor() - 1).clamp_min(0)  # (N, 2), x and y
     need = (reached.amax(dim=2) + half - low).amax(dim=1)
     images = torch.empty(len(views), len(index), 3, out, out, device=device)
-    for group in need.argsort().chunk(4):  # four window sizes instead of one
+    for group in need.argsort().split(min(32, -(-len(index) // 4))):  # alike in window size
         size = min(int(need[group].max()) + 2, 2 * half)
         begin = low[group].clamp_max(2 * half - size).long()
         places = zip(index[group].tolist(), begin.tolist())
@@ -116,6 +116,12 @@ def _grid(pose: Tensor, centre: Tensor, side: int, size: int, points: int) -> Te
     shift = (pose[:, :2, 2:] - centre[:, :, None]) * (2 / size)
     theta = torch.cat([pose[:, :2, :2] * (side / size), shift], dim=2)
     return F.affine_grid(theta, (len(pose), 3, points, points), align_corners=False)
+
+
+def sample_bytes(view: View, batch_size: int = 128) -> Tensor:
+    """The pixels of views as uint8, sampled in parts: (N, 3, side, side)."""
+    parts = zip(view.index.split(batch_size), view.pose.split(batch_size))
+    return torch.cat([as_bytes(sample(replace(view, index=i, pose=p))[0]) for i, p in parts])
 
 
 def as_bytes(images: Tensor) -> Tensor:
