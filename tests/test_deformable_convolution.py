@@ -1,29 +1,30 @@
-"""The definitions of notebooks/deformable_convolution.ipynb: the operator, the layer, the crops, the heads; and its benchmark."""
+"""notebooks/deformable_convolution.ipynb: the operator, the layer, the heads; its benchmark."""
 
 import ast
 import copy
+import functools
 import json
 import math
 import random
 import re
+import weakref
 from itertools import product
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from src import ROOT, ProjectError
-from src.data import Source
+from src import ROOT, ProjectError, fast_sampling, objects, training, trials
 from src.device import Runtime
 from tools import bench, notebooks
 from tools.notebooks import definitions
 
 nb = definitions("deformable_convolution")
-CPU = Runtime(torch.device("cpu"), autocast=False)
+CPU = Runtime(torch.device("cpu"))
 
 
 # --- the operator
@@ -46,7 +47,7 @@ def case(
     dtype=torch.float64,
     spread=2.0,
 ):
-    """Random tensors {input, offset, weight, bias, mask} that fit together, and the settings {stride, padding, dilation}."""
+    """Random tensors that fit together, and the settings {stride, padding, dilation}."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -68,7 +69,7 @@ def case(
 
 
 def by_hand(input, offset, weight, bias, mask, stride, padding, dilation):
-    """Equations 1 to 4 of the papers, one corner of one tap of one position at a time, in Python's own (double) numbers."""
+    """Equations 1 to 4 of the papers, one corner of one tap at a time, in double."""
     batch, channels, height, width = input.shape
     out_channels, group_channels, kernel_y, kernel_x = weight.shape
     taps = kernel_y * kernel_x
@@ -196,13 +197,157 @@ def test_equals_torchvision_on_random_configurations(kernel):
         assert_equals_torchvision(*case(number, **settings), 1e-11, settings)
 
 
-def test_many_blocks_and_float32_equal_torchvision(monkeypatch):
-    """The columns are made block by block: with blocks shorter than the image, and a last one that is shorter still."""
-    monkeypatch.setattr(nb, "BLOCK", 1)
-    tensors, options = case(size=(9, 15), groups=2, offset_groups=2)
-    assert len(nb.position_blocks(9 * 15, 10)) == 3
+@pytest.mark.parametrize("block, sampled", [(1, 1), (1, 2**26), (2**26, 1), (400, 700)])
+def test_many_blocks_and_float32_equal_torchvision(monkeypatch, block, sampled):
+    """Blocks of one image, of all, and cut within an image, the last one shorter."""
+    monkeypatch.setattr(fast_sampling, "BLOCK", {"cpu": block, "other": block})
+    monkeypatch.setattr(fast_sampling, "SAMPLED", {"cpu": sampled, "other": sampled})
+    tensors, options = case(batch=3, size=(9, 15), groups=2, offset_groups=2)
     assert_equals_torchvision(tensors, options, 1e-11)
     assert_equals_torchvision({name: t.float() for name, t in tensors.items()}, options, 1e-4)
+
+
+def test_slices_cover_everything_once():
+    for length, size in product((0, 1, 7, 64), (0, 1, 3, 7, 100)):
+        found = [i for part in fast_sampling.slices(length, size) for i in range(length)[part]]
+        assert found == list(range(length))
+
+
+def test_the_general_way_equals_the_one_of_the_cpu(monkeypatch):
+    """Other devices have no product of a sparse pattern; they read the corners piece by piece."""
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(50, 3, dtype=torch.float64, generator=generator)
+    by_sample = torch.randn(70, 3, dtype=torch.float64, generator=generator)
+    corners = torch.randint(0, 42, (70, 1), generator=generator).int() + torch.tensor([0, 1, 7, 8])
+    wanted = fast_sampling.corner_products(by_sample, table, corners.int())
+    by_hand = (by_sample[:, None] * table[corners.long()]).sum(dim=2)
+    assert torch.allclose(wanted, by_hand, atol=1e-12)
+    monkeypatch.setattr(fast_sampling, "FakeTensor", torch.Tensor)  # take the general way
+    for pieces in (1, 32, 200):
+        monkeypatch.setattr(fast_sampling, "PIECES", pieces)
+        found = fast_sampling.corner_products(by_sample, table, corners.int())
+        assert torch.allclose(found, by_hand, atol=1e-12)
+    tensors, options = case(groups=2, offset_groups=3, channels=6)
+    assert_equals_torchvision(tensors, options, 1e-11)
+
+
+# --- devices without numbers, determinism, memory
+
+
+def arguments(device, dtype=torch.float32):
+    """Arguments of `SampledProduct` with two images, two sections, one offset group."""
+    sizes = dict(
+        table=(2, 2, 72, 8), base=(2, 1, 49, 9), weight=(2, 1, 49, 9, 4), kernel=(2, 72, 5)
+    )
+    tensors = {
+        name: torch.zeros(size, device=device, dtype=torch.int32 if name == "base" else dtype)
+        for name, size in sizes.items()
+    }
+    leaves = [t if name == "base" else t.requires_grad_() for name, t in tensors.items()]
+    return [*leaves, 9, 1, nb.sampled_product]
+
+
+def assert_shapes(tensors):
+    out = fast_sampling.SampledProduct.apply(*tensors)
+    assert out.shape == (2, 1, 5, 49)
+    leaves = [t for t in tensors[:4] if t.requires_grad]
+    found = torch.autograd.grad(out.sum(), leaves)
+    assert [g.shape for g in found] == [t.shape for t in leaves]
+
+
+def test_shapes_without_numbers():
+    assert_shapes(arguments("meta"))
+    with FakeTensorMode():
+        assert_shapes(arguments("cpu"))
+
+
+@pytest.mark.parametrize("modulation", [False, True])
+def test_the_layer_on_meta_and_fake_tensors(modulation):
+    def forward(device):
+        with torch.device(device):
+            layer = nb.DeformConv2d(4, 6, 3, padding=1, offset_groups=2, modulation=modulation)
+        x = torch.zeros(2, 4, 6, 7, device=device, requires_grad=True)
+        out = layer(x)
+        assert out.shape == (2, 6, 6, 7) and out.device.type == device
+        (gradient,) = torch.autograd.grad(out.sum(), x)
+        assert gradient.shape == x.shape
+
+    forward("meta")
+    with FakeTensorMode():
+        forward("cpu")
+
+
+def test_a_pretended_gpu_gets_all_tensors_on_it():
+    """Under fake tensors a factory without `device=` would mix devices."""
+    with FakeTensorMode():
+        try:
+            tensors = [t.detach() if torch.is_tensor(t) else t for t in arguments("cuda")]
+        except (RuntimeError, AssertionError):
+            pytest.skip("this PyTorch has no CUDA to pretend")
+        out = fast_sampling.SampledProduct.forward(*tensors)
+        grad = torch.zeros(2, 1, 5, 49, device="cuda")
+        others = fast_sampling.SampledProductGradient.forward(*tensors[:4], grad, *tensors[4:])
+    assert {t.device.type for t in (out, *others)} == {"cuda"}
+
+
+def test_the_same_gradient_bits_twice():
+    tensors, options = case(
+        batch=4, channels=16, size=(20, 21), groups=2, offset_groups=2, dtype=torch.float32
+    )
+    tensors["offset"] = tensors["offset"].round()  # many samples read the same pixels
+    first, again = (gradients(nb.deform_conv2d, tensors, options) for _ in range(2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that are alive, without those that were there before."""
+
+    def __init__(self, before):
+        super().__init__()
+        self.known, self.now, self.peak = {t.untyped_storage()._cdata for t in before}, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(t, torch.Tensor) and t.layout is torch.strided:
+                storage, size = t.untyped_storage(), t.untyped_storage().nbytes()
+                if storage._cdata not in self.known:
+                    self.known.add(storage._cdata)
+                    self.now += size
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self.forget, storage._cdata, size)
+        return out
+
+    def forget(self, number, size):
+        self.known.discard(number)
+        self.now -= size
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("images", [1, 5])
+def test_memory_is_that_of_one_block_of_columns(monkeypatch, device, images):
+    batch, positions, taps, channels, outputs = 16, 256, 9, 64, 64
+    columns = images * positions * taps * channels
+    monkeypatch.setattr(fast_sampling, "BLOCK", {"cpu": columns, "other": columns})
+    monkeypatch.setattr(fast_sampling, "SAMPLED", {"cpu": columns, "other": columns})
+    table = torch.zeros(batch, 1, 18 * 18, channels, device=device)
+    base = torch.zeros(batch, 1, positions, taps, dtype=torch.int32, device=device)
+    weight = torch.zeros(batch, 1, positions, taps, 4, device=device)
+    kernel = torch.zeros(1, taps * channels, outputs, device=device)
+    grad = torch.zeros(batch, 1, outputs, positions, device=device)
+    given = [table, base, weight, kernel]
+    for function, tensors in (
+        (fast_sampling.SampledProduct, given),
+        (fast_sampling.SampledProductGradient, [*given, grad]),
+    ):
+        with LiveBytes(tensors) as live:
+            out = function.forward(*tensors, 18, 1, nb.sampled_product)
+        out = out if isinstance(out, tuple) else (out,)
+        beside = live.peak - sum(t.untyped_storage().nbytes() for t in out)
+        assert 0.5 * 4 * columns < beside <= 1.5 * 4 * columns, beside / (4 * columns)
+    with LiveBytes(given) as live:
+        nb.sampled_product(*given, 18, 1)
+    assert live.peak > 4 * 4 * batch * positions * taps * channels, "the readable one, to compare"
 
 
 def distance(found, wanted):
@@ -239,7 +384,7 @@ def test_half_precision_takes_the_readable_path_and_is_close():
 def test_readable_and_fast_versions_agree(monkeypatch):
     tensors, options = case(channels=6, groups=2, offset_groups=3)
     fast = gradients(nb.deform_conv2d, tensors, options)
-    monkeypatch.setattr(nb.SampledProduct, "apply", nb.sampled_product)
+    monkeypatch.setattr(nb, "fast_product", nb.sampled_product)
     assert_same(gradients(nb.deform_conv2d, tensors, options), fast, 1e-12)
 
 
@@ -259,11 +404,28 @@ def test_autocast_computes_in_single_precision():
     nn.init.normal_(layer.offset_branch.weight, std=0.3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = layer(tensors["input"])
-    assert out.dtype == torch.bfloat16 and distance(out, layer(tensors["input"])) < 0.05
+    assert out.dtype == torch.bfloat16 and distance(out, layer(tensors["input"])) < 0.005
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_the_offset_branch_stays_in_single_precision(static):
+    """In training as in evaluation: the offsets are the same numbers with and without autocast."""
+    torch.manual_seed(0)
+    layer = nb.DeformConv2d(4, 5, 3, padding=1, modulation=True, static=static)
+    nn.init.normal_(layer.offset_branch.weight, std=0.3)
+    x = torch.randn(2, 4, 8, 9)
+    for module in (layer.train(), layer.eval()):
+        wanted = module.offsets_and_mask(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = module.offsets_and_mask(x)
+            half = module.offsets_and_mask(x.bfloat16())
+        for a, b, c in zip(found, wanted, half):
+            assert a.dtype == c.dtype == torch.float32
+            assert torch.equal(a, b) and 0 < distance(c, b) < 0.01
 
 
 def smooth_case(**settings):
-    """A case whose positions keep a tenth of a pixel from the integers, where the interpolation has kinks."""
+    """A case whose positions keep a tenth of a pixel from the integers, where there are kinks."""
     tensors, options = case(**settings)
     generator = torch.Generator().manual_seed(1)
     whole = torch.randint(-2, 3, tensors["offset"].shape, generator=generator)
@@ -552,12 +714,12 @@ def test_vmap_along_any_dimension(name):
         0, 14, (3, *sizes["base"]), generator=generator, dtype=torch.int32
     )
     function, given = (
-        getattr(nb, name),
+        getattr(fast_sampling, name),
         list(tensors.values())[: 4 if name == "SampledProduct" else 5],
     )
 
     def call(*values):
-        return function.apply(*values, 5, 1)
+        return function.apply(*values, 5, 1, nb.sampled_product)
 
     wanted, found = (
         [call(*parts) for parts in zip(*given)],
@@ -660,9 +822,9 @@ def test_the_layer_hands_its_settings_to_the_operator():
     assert torch.allclose(layer(x).double(), by_hand(*tensors, (2, 1), (1, 0), (2, 1)), atol=1e-4)
 
 
-def small_network(factor):
+def small_network():
     torch.manual_seed(0)
-    deformable = nb.DeformConv2d(4, 4, 3, padding=1, modulation=True, offset_lr_factor=factor)
+    deformable = nb.DeformConv2d(4, 4, 3, padding=1, modulation=True)
     network = nn.Sequential(
         nn.Conv2d(3, 4, 3, padding=1),
         nn.BatchNorm2d(4),
@@ -676,13 +838,16 @@ def small_network(factor):
 
 def step_of(factor):
     """How far one AdamW step moves every parameter, {name: tensor}."""
-    network = small_network(factor)
+    network = small_network()
     before = copy.deepcopy(dict(network.named_parameters()))
-    optimiser = torch.optim.AdamW(nb.parameter_groups(network, lr=0.01, weight_decay=0.1))
+    parts = nb.with_own_rates(network, 0.01, factor)
+    optimizer, _ = training.make_optimizer(parts, weight_decay=0.1, total_steps=10)
+    for group in optimizer.param_groups:
+        group["lr"] = group["max_lr"]
     network(
         torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(1))
     ).square().sum().backward()
-    optimiser.step()
+    optimizer.step()
     return {name: p.detach() - before[name].detach() for name, p in network.named_parameters()}
 
 
@@ -694,29 +859,43 @@ def test_the_offset_branch_learns_at_its_own_rate():
         assert torch.allclose(tenth[name], factor * full[name], atol=1e-5), name
 
 
-def test_weight_decay_is_only_on_matrices_and_kernels():
-    network = small_network(0.3)
-    network[0].weight.requires_grad_(False)
-    groups = nb.parameter_groups(network, lr=0.01, weight_decay=0.1)
-    settings = {
-        id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]
-    }
-    assert sum(len(group["params"]) for group in groups) == len(settings), "no parameter twice"
+def test_every_parameter_is_in_one_part():
+    network = small_network()
+    (others, lr), (branches, slow) = nb.with_own_rates(network, 0.01, 0.3)
+    assert (lr, slow) == (0.01, pytest.approx(0.003))
+    of_branch = {id(p) for p in network[2].offset_branch.parameters()}
+    assert {id(p) for p in branches} == of_branch
+    assert {id(p) for p in others} == {id(p) for p in network.parameters()} - of_branch
+    optimizer, _ = training.make_optimizer(nb.with_own_rates(network, 0.01, 0.3), 0.1, 10)
+    decays = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
     for name, p in network.named_parameters():
-        if name == "0.weight":
-            assert id(p) not in settings, "frozen"
-        else:
-            decays = name in ("2.weight", "2.offset_branch.weight", "4.weight")
-            rate = 0.003 if "offset_branch" in name else 0.01
-            assert settings.pop(id(p)) == (pytest.approx(rate), 0.1 if decays else 0.0), name
-    assert not settings
+        wanted = name in ("0.weight", "2.weight", "2.offset_branch.weight", "4.weight")
+        assert decays.pop(id(p)) == (0.1 if wanted else 0.0), name
+    assert not decays
+
+
+def test_static_offsets_learn_but_do_not_depend_on_the_input():
+    torch.manual_seed(0)
+    layer = nb.DeformConv2d(4, 6, 3, padding=1, static=True)
+    x = torch.randn(2, 4, 6, 7)
+    assert torch.allclose(layer(x), F.conv2d(x, layer.weight, layer.bias, padding=1), atol=1e-5)
+    optimizer, _ = training.make_optimizer(nb.with_own_rates(layer, 0.1, 1.0), 0.1, 10)
+    for _ in range(3):
+        optimizer.zero_grad()
+        layer(x).square().sum().backward()
+        optimizer.step()
+    offset, _ = layer.offsets_and_mask(x)
+    assert offset.abs().min() > 1e-3 and torch.equal(
+        offset, offset[:1, :, :1, :1].expand_as(offset)
+    )
+    assert not layer.offset_branch.weight.any()
 
 
 # --- refusals
 
 
 def changed(**new):
-    """A case of 4 channels, 6 outputs and a 3x3 kernel with some arguments replaced; a function changes the one there was."""
+    """A case with some arguments replaced; a function changes the one there was."""
     tensors, options = case(dtype=torch.float32)
     arguments = tensors | options
     return arguments | {
@@ -792,7 +971,7 @@ def changed(**new):
         (dict(dilation=5), "A window of 11 pixels does not fit 6 pixels with padding 1"),
         (
             dict(offset=lambda t: t[:, :17]),
-            "(2, 17, 6, 7); it needs (2, 2 * 9 * offset groups, 6, 7), the offset groups dividing 4",
+            "(2, 17, 6, 7); it needs (2, 2 * 9 * offset groups, 6, 7), the offset groups divid",
         ),
         (dict(offset=lambda t: t[:, :0]), "offset has the shape (2, 0, 6, 7)"),
         (dict(offset=lambda t: t.repeat(1, 3, 1, 1)), "offset has the shape (2, 54, 6, 7)"),
@@ -845,384 +1024,215 @@ def test_no_ready_made_operator():
                 assert node.value not in ("deform_conv2d", "DeformConv2d"), where
 
 
-# --- crops and views
-
-
-def test_cut_out_at_the_border():
-    """A box of 32x16 in the upper left corner: the square of side 1.5 * 1.25 * 32 = 60 around it, at its own resolution."""
-    photo = np.random.default_rng(0).integers(0, 255, (80, 90, 3), dtype=np.uint8)
-    mask = np.zeros((80, 90), np.uint8)
-    mask[:16, :32] = 1
-    crop = nb.cut_out(photo, mask, (0, 0, 32, 16), 60)
-    assert crop.shape == (4, 60, 60) and crop.dtype == torch.uint8
-    outside = torch.ones(60, 60, dtype=torch.bool)
-    outside[22:, 14:] = (
-        False  # the box's centre (16, 8) lands in the middle, so the photo begins at row 22 and column 14
-    )
-    assert (crop[:3, outside] == nb.GREY).all() and not crop[3, outside].any()
-    assert np.array_equal(crop[:3, 22:, 14:].permute(1, 2, 0).numpy(), photo[:38, :46])
-    assert np.array_equal(crop[3, 22:, 14:].numpy(), 255 * mask[:38, :46])
-
-
-@pytest.mark.parametrize(
-    "box", [(50, 20, 32, 16), (20, 50, 16, 32), (300, 20, 32, 16), (0, 0, 120, 60)]
-)
-def test_cut_out_keeps_aspect_and_centre(box):
-    photo, mask = np.zeros((80, 120, 3), np.uint8), np.zeros((80, 120), np.uint8)
-    left, top, width, height = box
-    mask[top : top + height, left : left + width] = 1
-    side = 30
-    crop = nb.cut_out(photo, mask, box, side)
-    assert crop.shape == (4, side, side)
-    rows, columns = ((crop[3] > 127).any(dim=d).nonzero().flatten() for d in (1, 0))
-    if left < 120:  # else the box lies outside of the photo, and there is nothing but grey
-        scale = side / (nb.ROOM * nb.CONTEXT * max(width, height))
-        assert abs(len(rows) - scale * height) <= 1 and abs(len(columns) - scale * width) <= 1
-        assert (
-            abs(float(rows.float().mean()) - 14.5) <= 0.6
-            and abs(float(columns.float().mean()) - 14.5) <= 0.6
-        )
-    else:
-        assert not len(rows) and (crop[:3] == nb.GREY).all()
-
-
-def crop_with_block(y, x, size=8, side=48):
-    """A dark crop whose central part of 32 pixels has a bright block, also its mask, with the upper left corner at (y, x)."""
-    crop = torch.zeros(1, 4, side, side, dtype=torch.uint8)
-    crop[:, :, 8 + y : 8 + y + size, 8 + x : 8 + x + size] = 255
-    return crop
-
-
-def block(y, x, height=8, width=8):
-    image = torch.zeros(32, 32)
-    image[y : y + height, x : x + width] = 1
-    return image
-
-
-def test_the_plain_view_is_the_central_part():
-    crops = torch.from_numpy(
-        np.random.default_rng(0).integers(0, 256, (3, 4, 48, 48), dtype=np.uint8)
-    )
-    crops[:, 3] = 255 * (crops[:, 3] > 127)
-    images, masks = nb.make_views(crops, 32)
-    assert (
-        images.shape == (3, 3, 32, 32) and masks.shape == (3, 16, 16) and masks.dtype == torch.bool
-    )
-    centre = crops[:, :, 8:40, 8:40].float()
-    assert torch.allclose(images, centre[:, :3] / 255, atol=1e-4)
-    assert torch.equal(masks, F.avg_pool2d(centre[:, 3:], 2)[:, 0] > 127)
-
-
-@pytest.mark.parametrize(
-    "view, wanted",
-    [
-        (dict(), block(2, 4)),
-        (
-            dict(angle=90.0),
-            block(4, 22),
-        ),  # clockwise: left of the upper edge goes to the top of the right edge
-        (dict(angle=-90.0), block(20, 2)),
-        (dict(angle=180.0), block(22, 20)),
-        (dict(mirror=-1.0), block(2, 20)),
-        (dict(mirror=torch.tensor([-1.0]), angle=torch.tensor([90.0])), None),
-    ],
-)
-def test_views_turn_clockwise_and_mirror(view, wanted):
-    images, masks = nb.make_views(crop_with_block(2, 4), 32, **view)
-    if wanted is None:  # turned and mirrored: the same as one of the two orders of the two
-        turned = [block(4, 22).flip(1), block(20, 2).flip(1)]
-        assert any(torch.allclose(images[0, 0], t, atol=1e-3) for t in turned)
-        wanted = images[0, 0].round()
-    assert torch.allclose(images[0], wanted.expand(3, -1, -1), atol=1e-3)
-    assert torch.equal(masks[0], F.avg_pool2d(wanted[None], 2)[0] > 0.5), (
-        "the mask goes with the image"
-    )
-
-
-def test_views_zoom_and_shear():
-    images, masks = nb.make_views(crop_with_block(12, 12), 32, zoom=2.0)
-    assert torch.allclose(images[0, :, 9:23, 9:23], torch.ones(()), atol=1e-3), (
-        "a block of 8 pixels fills 16"
-    )
-    assert (
-        not images[0, :, [*range(7), *range(25, 32)]].any()
-        and not images[0, :, :, [*range(7), *range(25, 32)]].any()
-    )
-    assert torch.equal(masks[0], block(8, 8, 16, 16)[::2, ::2] > 0)
-    smaller, _ = nb.make_views(crop_with_block(8, 8, 16), 32, zoom=0.5)
-    assert torch.allclose(smaller[0, :, 6:26, 6:26], block(12, 12)[6:26, 6:26], atol=1e-3), (
-        "a block of 16 pixels fills 8"
-    )
-    bar = torch.zeros(1, 4, 48, 48, dtype=torch.uint8)
-    bar[..., 22:26] = 255
-    sheared = nb.make_views(bar, 32, shear=0.5)[0][0, 0]
-    centres = (sheared * torch.arange(32)).sum(dim=1) / sheared.sum(dim=1)
-    assert torch.allclose((centres[1:] - centres[:-1]).abs(), torch.full((31,), 0.5), atol=0.02)
-    assert abs(float(centres.mean()) - 15.5) < 0.01
-
-
-def test_views_are_grey_outside_and_each_has_its_own_numbers():
-    crops = torch.cat([crop_with_block(2, 4), crop_with_block(2, 4)])
-    images, masks = nb.make_views(crops, 32, angle=torch.tensor([0.0, 90.0]))
-    assert torch.allclose(images[:, 0], torch.stack([block(2, 4), block(4, 22)]), atol=1e-3)
-    images, masks = nb.make_views(torch.full((1, 4, 48, 48), 255, dtype=torch.uint8), 32, zoom=0.5)
-    assert (
-        torch.allclose(images[0, :, 0, 0], torch.tensor(nb.GREY / 255), atol=1e-4)
-        and not masks[0, 0, 0]
-        and masks[0, 8, 8]
-    )
-
-
-def test_random_views_keep_to_their_bounds():
-    config, seen = nb.CPU, []
-    original = nb.make_views
-    try:
-        nb.make_views = lambda crops, side, *numbers: seen.append((side, *numbers))
-        torch.manual_seed(0)
-        nb.random_views(torch.zeros(500, 4, 8, 8, dtype=torch.uint8), config)
-    finally:
-        nb.make_views = original
-    side, angle, zoom, shear, mirror = seen[0]
-    assert side == config.crop_side and 25 < angle.abs().max() <= config.max_angle and shear == 0
-    assert 1 / config.max_zoom <= zoom.min() < 0.8 and 1.2 < zoom.max() <= config.max_zoom * (
-        1 + 1e-6
-    )
-    assert set(mirror.tolist()) == {-1.0, 1.0} and 0.4 < (mirror > 0).float().mean() < 0.6
-
-
-def test_mask_iou_by_hand():
-    rows, columns, nothing = torch.zeros(3, 4, 4).unbind()
-    rows[:2], columns[:, :2] = 1, 1
-    found = torch.stack([rows, rows, rows, nothing, nothing]) * 2 - 1
-    masks = torch.stack([rows, columns, 1 - rows, rows, nothing]).bool()
-    assert torch.allclose(nb.mask_iou(found, masks), torch.tensor([1.0, 4 / 12, 0.0, 0.0, 0.0]))
-    large = columns.repeat_interleave(2, 0).repeat_interleave(2, 1).bool()[None]
-    assert nb.mask_iou(columns[None] * 2 - 1, large) == 1, "the answer is enlarged to the mask"
-
-
-def test_head_loss_by_hand():
-    logits, foreground = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.zeros(2, 2, 2)
-    masks, labels = torch.zeros(2, 4, 4, dtype=torch.bool), torch.tensor([0, 0])
-    loss, parts = nb.head_loss((logits, foreground), masks, labels, 3.0)
-    cross_entropy = (math.log(1 + math.exp(-2)) + math.log(1 + math.e)) / 2
-    assert float(parts["cross_entropy"]) == pytest.approx(cross_entropy, abs=1e-6)
-    assert float(parts["mask_loss"]) == pytest.approx(
-        math.log(2) + 1
-    )  # nothing to find: the Dice loss is 1
-    assert (
-        float(loss) == pytest.approx(cross_entropy + 3 * (math.log(2) + 1), abs=1e-6)
-        and float(parts["accuracy"]) == 0.5
-    )
-    masks[:, :2] = True  # half of each image; one half is found everywhere
-    assert float(
-        nb.head_loss((logits, foreground), masks, labels, 3.0)[1]["mask_loss"]
-    ) == pytest.approx(math.log(2) + 0.5)
-
-
-# --- COCO
-
-
-def rectangle(left, top, width, height):
-    return [[left, top, left + width, top, left + width, top + height, left, top + height]]
-
-
-def annotation(number, box, segmentation=None, **new):
-    segmentation = rectangle(*box) if segmentation is None else segmentation
-    return {
-        "id": number,
-        "image_id": 1,
-        "category_id": 3,
-        "segmentation": segmentation,
-        "bbox": list(box),
-        "area": box[2] * box[3],
-        "iscrowd": 0,
-    } | new
-
-
-GOOD = annotation(1, (30, 20, 40, 30))
-
-
-def coco_folder(folder, annotations, image=True):
-    """A COCO folder with two images of 100x80 pixels."""
-    document = {
-        "images": [{"id": n, "file_name": f"{n}.png", "width": 100, "height": 80} for n in (1, 2)],
-        "categories": [
-            {"id": 3, "name": "car", "supercategory": "vehicle"},
-            {"id": 4, "name": "cat", "supercategory": "animal"},
-        ],
-        "annotations": annotations,
-    }
-    (folder / "annotations").mkdir(parents=True)
-    (folder / "annotations" / "instances_val2017.json").write_text(json.dumps(document))
-    (folder / "val2017").mkdir()
-    for n in (1, 2) if image else ():
-        Image.new("RGB", (100, 80), (200, 100, 50)).save(folder / "val2017" / f"{n}.png")
-    return Source("MS COCO", "HW3_DATA", folder)
-
-
-def test_crops_are_collected_with_their_classes_and_images(tmp_path):
-    source = coco_folder(
-        tmp_path, [GOOD, annotation(2, (10, 10, 30, 60), category_id=4, image_id=2)]
-    )
-    found = nb.collect_crops("val2017", source, nb.CONFIGS["smoke"])
-    assert found["crops"].shape == (2, 4, 96, 96) and found["crops"].dtype == torch.uint8
-    assert found["classes"] == ["animal", "vehicle"] and found["labels"].tolist() == [1, 0]
-    assert found["images"] == [1, 2] and not found["skipped"]
-    assert (
-        found["crops"][0, :3, 48, 48].tolist() == [200, 100, 50]
-        and found["crops"][0, 3, 48, 48] == 255
-    )
-    inside = float((found["crops"][0, 3] > 127).float().mean())
-    assert inside == pytest.approx(40 * 30 / (nb.ROOM * nb.CONTEXT * 40) ** 2, rel=0.08)
-
-
-@pytest.mark.parametrize(
-    "bad, reason",
-    [
-        (
-            annotation(2, (30, 20, 40, 30), {"size": [80, 100], "counts": [10, 7990]}, iscrowd=1),
-            "crowd",
-        ),
-        (annotation(2, (30, 20, 23, 40)), "tiny or degenerate box"),
-        (annotation(2, (30, 20, 0, 40)), "tiny or degenerate box"),
-        (annotation(2, (30, 20, 40, -5)), "tiny or degenerate box"),
-        (annotation(2, (30, 20, math.nan, 40)), "tiny or degenerate box"),
-        (annotation(2, (30, 20, 40, 30), bbox=[30, 20, 40]), "tiny or degenerate box"),
-        (annotation(2, (30, 20, 40, 30), [[30, 20, 70, 50]]), "degenerate polygon"),  # two points
-        (annotation(2, (30, 20, 40, 30), [[30, 20]]), "degenerate polygon"),  # one
-        (annotation(2, (30, 20, 40, 30), segmentation=[]), "degenerate polygon"),
-        (
-            annotation(2, (30, 20, 40, 30), [[30, 20, 30, 20, 30, 20]]),
-            "degenerate polygon",
-        ),  # no area
-        (
-            annotation(2, (30, 20, 40, 30), {"size": [8, 10], "counts": [10, 70]}),
-            "degenerate polygon",
-        ),  # a mask of another size
-    ],
-)
-def test_unusable_annotations_are_left_out_and_counted(tmp_path, bad, reason):
-    found = nb.collect_crops(
-        "val2017", coco_folder(tmp_path / "one", [GOOD, bad]), nb.CONFIGS["smoke"]
-    )
-    assert len(found["crops"]) == 1 and found["skipped"] == {reason: 1}
-    with pytest.raises(
-        ProjectError, match=f"No object of val2017 can be used .*{reason}.*: check the annotations"
-    ):
-        nb.collect_crops(
-            "val2017", coco_folder(tmp_path / "two", [bad, bad | {"id": 3}]), nb.CONFIGS["smoke"]
-        )
-
-
-def test_images_that_are_missing_or_corrupt_are_named(tmp_path):
-    source = coco_folder(tmp_path, [GOOD], image=False)
-    with pytest.raises(
-        ProjectError,
-        match=r"the image .*val2017/1\.png named in instances_val2017\.json is missing",
-    ):
-        nb.collect_crops("val2017", source, nb.CONFIGS["smoke"])
-    for content in (b"no image", b""):
-        (tmp_path / "val2017" / "1.png").write_bytes(content)
-        with pytest.raises(ProjectError, match=r"cannot read the image .*val2017/1\.png"):
-            nb.collect_crops("val2017", source, nb.CONFIGS["smoke"])
-    Image.new("RGB", (100, 80)).save(tmp_path / "val2017" / "1.png")
-    whole = (tmp_path / "val2017" / "1.png").read_bytes()
-    (tmp_path / "val2017" / "1.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ProjectError, match=r"cannot read the image .*val2017/1\.png"):
-        nb.collect_crops("val2017", source, nb.CONFIGS["smoke"])
-
-
 # --- the heads
 
 
-def head(key, profile="smoke", in_channels=5, classes=3):
+def levels(batch, classes=3, side=8, channels=(5, 6, 7)):
+    """Feature maps of three strides, masks and labels."""
+    generator = torch.Generator().manual_seed(0)
+    maps = [
+        torch.randn(batch, c, side >> i, side >> i, generator=generator)
+        for i, c in enumerate(channels)
+    ]
+    masks = torch.rand(batch, 4 * side, 4 * side, generator=generator) < 0.5
+    return maps, masks, torch.arange(batch) % classes
+
+
+def head(key, profile="smoke"):
     torch.manual_seed(0)
-    return nb.Head(nb.VARIANTS[key], in_channels, classes, nb.CONFIGS[profile])
+    return nb.Head(nb.VARIANTS[key], (5, 6, 7), 3, nb.CONFIGS[profile])
 
 
-def test_macs_by_hand():
-    n, w = 6 * 6, nb.CONFIGS["smoke"].width
-    ordinary = n * 9 * w * w
-    plain = n * 5 * w + 3 * ordinary + w * 3 + n * w
-    assert (
-        nb.count_macs(head("plain"), (5, 6, 6))
-        == nb.count_macs(head("plain_dilation_4"), (5, 6, 6))
-        == plain
-    )
-    branch, sampling = n * 9 * w * 18, n * 9 * w * 4
-    for layers in (1, 2, 3):
-        assert nb.count_macs(head(f"deformable_{layers}"), (5, 6, 6)) == plain + layers * (
-            branch + sampling
-        )
-    assert nb.count_macs(head("groups"), (5, 6, 6)) == plain + 2 * branch + sampling
-    assert nb.count_macs(head("modulated"), (5, 6, 6)) == plain + 1.5 * branch + sampling
-    assert nb.count_macs(head("points_5x5"), (5, 6, 6)) == plain - ordinary + n * 25 * w * (
-        w + 50 + 4
-    )
+def test_the_question_is_crossed():
+    crossed = {f"{kind}_{k}" for kind in ("ordinary", "static", "deformable") for k in (1, 9, 25)}
+    assert crossed <= set(nb.VARIANTS)
+    assert 10 <= len(nb.VARIANTS) <= 13
+    for key in crossed:
+        layer, kind = head(key).layers[-1][0], key.split("_")[0]
+        assert math.prod(layer.kernel_size) == int(key.split("_")[1])
+        assert isinstance(layer, nb.DeformConv2d) == (kind != "ordinary")
+        if kind != "ordinary":
+            assert layer.offset_branch.weight.requires_grad == (kind == "deformable")
+            assert layer.offset_branch.bias.requires_grad
+        assert len(head(key).layers) == 1
+    assert [type(block[0]) for block in head("stacked").layers] == 2 * [nb.DeformConv2d]
+    assert head("dilated").layers[-1][0].dilation == (2, 2)
 
 
-@pytest.mark.parametrize("key", ["plain", "deformable_3", "modulated"])
-def test_macs_do_not_depend_on_the_path(key):
-    """A GPU takes the readable path, whose matrix product is visible to the accounting; so does bfloat16 on any device."""
-    assert nb.count_macs(head(key).bfloat16(), (5, 6, 6)) == nb.count_macs(head(key), (5, 6, 6))
+@pytest.mark.parametrize("side", [1, 3, 5])
+def test_all_kinds_start_alike(side):
+    """With zero offsets the three kinds are the same function of the same weights."""
+    maps, _, _ = levels(2)
+    ordinary = head(f"ordinary_{side**2}").eval()
+    wanted = ordinary(maps)
+    for kind in ("static", "deformable"):
+        other = head(f"{kind}_{side**2}").eval()
+        missing = other.load_state_dict(ordinary.state_dict(), strict=False)
+        assert all("offset_branch" in name for name in missing.missing_keys)
+        assert not missing.unexpected_keys
+        for a, b in zip(other(maps), wanted):
+            assert torch.allclose(a, b, atol=1e-5)
 
 
 @pytest.mark.parametrize("key", sorted(nb.VARIANTS))
-def test_one_step_of_the_gpu_profile(key):
-    """Small maps, as there may be no GPU; with bfloat16 autocast, as that profile has it."""
-    config, generator = nb.CONFIGS["gpu"], torch.Generator().manual_seed(0)
-    network = head(key, "gpu", 152, 12)
-    maps, masks = (
-        torch.randn(4, 152, 8, 8, generator=generator),
-        torch.rand(4, 32, 32, generator=generator) < 0.5,
-    )
-    optimiser = torch.optim.AdamW(nb.parameter_groups(network, config.lr, config.weight_decay))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_one_step_of_the_gpu_profile(key, dtype):
+    """Small maps, as there may be no GPU; with autocast, as that profile has it."""
+    config, network = nb.CONFIGS["gpu"], head(key, "gpu")
+    maps, masks, labels = levels(4)
+    parts = nb.with_own_rates(network, config.lr, config.offset_lr_factor)
+    optimizer, _ = training.make_optimizer(parts, config.weight_decay, 10)
     before = copy.deepcopy(network.state_dict())
-    with Runtime(torch.device("cpu"), autocast=True).precision():
-        loss, parts = nb.head_loss(
-            network(maps), masks, torch.tensor([0, 3, 5, 11]), config.mask_weight
-        )
+    with Runtime(torch.device("cpu"), autocast=dtype).precision():
+        parts = nb.losses(*network(maps), masks, labels)
+    loss = parts["loss"].mean()
     loss.backward()
-    optimiser.step()
-    assert loss.isfinite() and torch.isclose(
-        loss, parts["cross_entropy"] + config.mask_weight * parts["mask_loss"]
-    )
+    optimizer.step()
+    assert loss.isfinite() and all(len(value) == 4 for value in parts.values())
     for name, p in network.named_parameters():
-        frozen = nb.VARIANTS[key].offsets != "learned" and "offset_branch" in name
-        assert p.isfinite().all() and torch.equal(p, before[name]) == frozen, name
+        still = not p.requires_grad or p.numel() == 0
+        assert p.isfinite().all() and torch.equal(p, before[name]) == still, name
 
 
-def test_frozen_offsets_are_what_they_are_called():
-    x = torch.randn(2, 5, 6, 6, generator=torch.Generator().manual_seed(0))
-    plain, zero = head("plain").eval(), head("zero").eval()
-    shared = {name: p for name, p in zero.state_dict().items() if "offset_branch" not in name}
-    plain.load_state_dict(shared)
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(plain(x), zero(x)))
-    offsets = nb.layer_offsets(head("random").eval(), x)
-    assert all(
-        o.shape == (2, 9, 2, 6, 6)
-        and torch.equal(o, o[:1, :, :, :1, :1].expand_as(o))
-        and o.std() > 0.5
-        for o in offsets[2:]
+def test_losses_by_hand():
+    logits, foreground = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.zeros(2, 2, 2)
+    masks, labels = torch.zeros(2, 4, 4, dtype=torch.bool), torch.tensor([0, 0])
+    parts = nb.losses(logits, foreground, masks, labels)
+    wanted = torch.tensor([math.log(1 + math.exp(-2)), math.log(1 + math.e)])
+    assert torch.allclose(parts["cross_entropy"], wanted)
+    assert torch.allclose(parts["mask_loss"], torch.tensor(math.log(2) + 1)), "nothing to find"
+    assert torch.allclose(parts["loss"], parts["cross_entropy"] + parts["mask_loss"])
+    assert parts["accuracy"].tolist() == [1.0, 0.0]
+    masks[:, :2] = True  # half of each image; one half is found everywhere
+    parts = nb.losses(logits, foreground, masks, labels)
+    assert torch.allclose(parts["mask_loss"], torch.tensor(math.log(2) + 0.5))
+
+
+def test_the_mean_is_weighted_with_the_foreground():
+    x = torch.arange(8.0).view(1, 2, 2, 2)
+    everywhere = nb.foreground_mean(x, torch.full((1, 1, 2, 2), 50.0))
+    assert torch.allclose(everywhere, x.sum(dim=(2, 3)) / 5)
+    corner = torch.full((1, 1, 2, 2), -50.0)
+    corner[..., 1, 0] = 50.0
+    assert torch.allclose(nb.foreground_mean(x, corner), x[:, :, 1, 0] / 2)
+
+
+def test_macs_by_hand():
+    w, shapes = nb.CONFIGS["smoke"].width, [(5, 8, 8), (6, 4, 4), (7, 2, 2)]
+    layer = 64 * 9 * w * w
+    reduce = w * (64 * 5 + 16 * 6 + 4 * 7)
+    plain = reduce + layer + 64 * w + 3 * w
+    count = functools.partial(trials.count_macs, shapes=shapes)
+    assert count(head("ordinary_9")) == count(head("dilated")) == plain
+    branch, sampling = 64 * 9 * w * 18, 64 * 4 * 9 * w
+    assert count(head("static_9")) == plain + sampling, "its offsets are constants"
+    assert count(head("deformable_9")) == plain + sampling + branch
+    assert count(head("stacked")) == plain + layer + 2 * (sampling + branch)
+    assert count(head("grouped")) == plain + sampling + 3 * branch  # 2 groups of 27
+    smaller = plain - layer + 64 * w * w
+    assert count(head("ordinary_1")) == smaller
+    assert count(head("deformable_1")) == smaller + 64 * w * (2 + 4)
+    assert count(head("deformable_25")) == plain - layer + 64 * 25 * w * (w + 50 + 4)
+
+
+class FewViews(objects.Views):
+    """Views whose class and mask can be told from the features."""
+
+    @classmethod
+    def make(cls, n=48, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        labels, side = torch.arange(n) % 3, 8
+        masks = torch.zeros(n, 32, 32, dtype=torch.bool)
+        maps = [0.1 * torch.randn(n, c, side >> i, side >> i, generator=generator)
+                for i, c in enumerate((5, 6, 7))]  # fmt: skip
+        for k in range(n):
+            y, x = (4 * torch.randint(0, 5, (2,), generator=generator)).tolist()
+            masks[k, y : y + 16, x : x + 16] = True
+            maps[0][k, labels[k], y // 4 : y // 4 + 4, x // 4 : x // 4 + 4] += 2
+        return cls([m.half() for m in maps], masks, labels, torch.arange(n) // 2)
+
+
+@pytest.fixture
+def checkpoints(monkeypatch, tmp_path):
+    monkeypatch.setattr(training, "CHECKPOINTS", tmp_path)
+
+
+@pytest.mark.parametrize("key", ["ordinary_9", "static_1", "deformable_9"])
+def test_heads_learn_and_repeat(key, checkpoints):
+    config = nb.replace(nb.CONFIGS["smoke"], epochs=12, batch_size=16, dropout=(0.0, 0.0))
+    sets = {"train": [FewViews.make(seed=0), FewViews.make(seed=1)], "val": FewViews.make(seed=2)}
+
+    def train():
+        network, history = nb.train_head("few", nb.VARIANTS[key], sets, 3, config, CPU, 0)
+        return network, history, nb.score_views(network, sets["val"], CPU)
+
+    (network, history, scores), (again, _, _) = train(), train()
+    assert history.column("train_loss")[-1] < 0.6 * history.column("train_loss")[0]
+    assert scores["accuracy"].mean() > 0.9 and scores["mask_iou"].mean() > 0.5
+    assert scores["found"].dtype == torch.int64 and len(scores["loss"]) == 48
+    for a, b in zip(network.state_dict().values(), again.state_dict().values()):
+        assert torch.equal(a, b)
+
+
+def test_scores_are_taken_sample_by_sample():
+    network, views = head("deformable_9").eval(), FewViews.make(20)
+    whole, pieces = (
+        trials.score(network, nb.losses, lambda i: views.batch(i, CPU), 20, size=size)
+        for size in (20, 7)
     )
-    assert (
-        nb.layer_offsets(head("limited").eval(), x)[0].abs().max() <= 1
-        and not nb.layer_offsets(plain, x)[0].any()
-    )
+    assert whole.keys() == pieces.keys()
+    assert all(torch.allclose(whole[k].float(), pieces[k].float(), atol=1e-5) for k in whole)
 
 
-def test_tracing_goes_back_through_all_layers():
-    plain = head("plain").eval()
-    offsets = nb.layer_offsets(plain, torch.zeros(1, 5, 16, 16))
-    points = nb.trace(plain, offsets, 0, [8.0, 5.0])
-    assert len(points) == 9**3
-    assert points.min(dim=0).values.tolist() == [5.0, 2.0] and points.max(
-        dim=0
-    ).values.tolist() == [11.0, 8.0]
-    moved = nb.trace(
-        plain, [o + torch.tensor([1.0, 0.0])[:, None, None] for o in offsets], 0, [8.0, 5.0]
-    )
-    assert torch.allclose(moved, points + torch.tensor([3.0, 0.0])), "y before x: one row per layer"
+# --- the backbone that learns
+
+
+@pytest.mark.parametrize("kind", ["ordinary", "dilated", "deformable"])
+def test_the_last_stage_keeps_its_resolution_and_weights(kind):
+    torch.manual_seed(0)
+    plain = torchvision.models.resnet18()
+    weights = [m.weight for m in plain.layer4.modules() if isinstance(m, nn.Conv2d)]
+    nb.change_last_stage(plain, kind)
+    kinds = (nn.Conv2d, nb.DeformConv2d)
+    changed = [m for m in plain.layer4.modules() if isinstance(m, kinds) and len(m.weight) == 512]
+    assert len(changed) == 5 and all(m.stride == (1, 1) for m in changed)
+    assert {id(m.weight) for m in changed} == {id(weight) for weight in weights}
+    large = [m for m in changed if m.kernel_size == (3, 3)]
+    assert len(large) == 4
+    assert {isinstance(m, nb.DeformConv2d) for m in large} == {kind == "deformable"}
+    assert {m.dilation for m in large} == {(1, 1) if kind == "ordinary" else (2, 2)}
+    x = torch.randn(2, 256, 4, 4)
+    assert plain.layer4(x).shape == (2, 512, 4, 4)
+
+
+def test_the_deformable_stage_starts_as_the_dilated_one():
+    torch.manual_seed(0)
+    dilated = torchvision.models.resnet18().eval()
+    deformable = copy.deepcopy(dilated)
+    nb.change_last_stage(dilated, "dilated")
+    nb.change_last_stage(deformable, "deformable")
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.allclose(deformable(x), dilated(x), atol=1e-4)
+
+
+def test_the_fine_tuned_network_learns_on_a_few_images():
+    torch.manual_seed(0)
+    model = nb.FineTuned("deformable", 2, pretrained=False)
+    images, masks = torch.rand(8, 3, 32, 32), torch.zeros(8, 16, 16, dtype=torch.bool)
+    images[::2] *= 0.3
+    masks[:, 4:12, 4:12] = True
+    labels = torch.arange(8) % 2
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    found = []
+    for _ in range(8):
+        loss = nb.losses(*model(images), masks, labels)["loss"].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        found.append(float(loss.detach()))
+    assert found[-1] < 0.7 * found[0]
+    assert any(m.offset_branch.weight.any() for m in model.modules()
+               if isinstance(m, nb.DeformConv2d)), "the offsets have moved"  # fmt: skip
 
 
 # --- the benchmark
@@ -1244,21 +1254,20 @@ def test_the_contenders_compute_the_same():
     assert torch.allclose(still, conv, atol=1e-5)
 
 
-def test_the_readable_contender_takes_the_readable_path(monkeypatch):
+def test_the_contenders_take_their_own_paths(monkeypatch):
     taken = []
     contenders = bench.contenders()
-    module = contenders["ours"].func.__globals__
-    monkeypatch.setitem(
-        module, "sampled_product", lambda *a: taken.append("ours") or nb.sampled_product(*a)
-    )
+    apply = fast_sampling.SampledProduct.apply
+
+    def spy(*arguments):
+        taken.append("fast")
+        return apply(*arguments)
+
+    monkeypatch.setattr(fast_sampling.SampledProduct, "apply", spy)
     tensors = bench.inputs(TINY.shapes[0], TINY, CPU)
-    contenders["ours"](*tensors)
-    assert not taken
-    monkeypatch.setattr(
-        module["SampledProduct"], "apply", lambda *a: taken.append("fast") or nb.sampled_product(*a)
-    )
-    contenders["readable"](*tensors)
-    assert not taken
+    for name in ("torchvision", "conv", "readable", "grid_sample"):
+        contenders[name](*tensors)
+        assert not taken, name
     contenders["ours"](*tensors)
     assert taken == ["fast"]
 
@@ -1274,19 +1283,17 @@ def test_the_benchmark_stores_what_it_prints(monkeypatch, tmp_path, capsys):
     values = {name: metric["value"] for name, metric in stored["metrics"].items()}
     output = capsys.readouterr().out
     printed = [
-        line.strip("| ").split(" | ")
+        [cell.strip() for cell in line.strip("|").split("|")]
         for line in output.splitlines()
-        if line.startswith("| 1x4x6x9")
+        if "1x4x6x9 |" in line
     ]
     assert f"ours over conv: {values['geometric_mean.ours_over_conv']:.2f}\n" in output
     assert [row[1] for row in printed] == list(bench.contenders())
     for _, name, median, quartiles, peak, over_ours, over_conv in printed:
         prefix = f"1x4x6x9.{name}"
         assert median == f"{1000 * values[prefix + '_seconds']:.2f}" and peak == "–"
-        assert (
-            quartiles
-            == f"{1000 * values[prefix + '_seconds_q1']:.2f} to {1000 * values[prefix + '_seconds_q3']:.2f}"
-        )
+        q1, q3 = (f"{1000 * values[f'{prefix}_seconds_{q}']:.2f}" for q in ("q1", "q3"))
+        assert quartiles == f"{q1} to {q3}"
         assert over_ours == ("1" if name == "ours" else f"{values[prefix + '_over_ours']:.2f}")
         assert over_conv == ("1" if name == "conv" else f"{values[prefix + '_over_conv']:.2f}")
     assert values["1x4x6x9.ours_over_conv"] == pytest.approx(
@@ -1310,25 +1317,23 @@ def test_medians_quartiles_and_geometric_mean():
         "2x2x2x2": {"ours": [12.0], "torchvision": [24.0], "conv": [1.0], "readable": [12.0]},
     }
     metrics = bench.measures(shapes, seconds, {})
+    assert metrics["1x1x1x1.ours_seconds"].value == 4 and metrics["1x1x1x1.ours_seconds"].n == 3
     assert (
-        metrics["1x1x1x1.ours_seconds"]["value"] == 4 and metrics["1x1x1x1.ours_seconds"]["n"] == 3
-    )
-    assert (
-        metrics["1x1x1x1.ours_seconds_q1"]["value"],
-        metrics["1x1x1x1.ours_seconds_q3"]["value"],
+        metrics["1x1x1x1.ours_seconds_q1"].value,
+        metrics["1x1x1x1.ours_seconds_q3"].value,
     ) == (3, 5)
-    assert metrics["1x1x1x1.ours_over_conv"]["value"] == 3, (
+    assert metrics["1x1x1x1.ours_over_conv"].value == 3, (
         "the median of 2, 4 and 3, not the ratio of the medians"
     )
-    assert metrics["1x1x1x1.torchvision_over_ours"]["value"] == 1
+    assert metrics["1x1x1x1.torchvision_over_ours"].value == 1
     assert (
-        metrics["1x1x1x1.readable_seconds"]["n"] == 2
-        and metrics["1x1x1x1.readable_over_ours"]["value"] == 3
+        metrics["1x1x1x1.readable_seconds"].n == 2
+        and metrics["1x1x1x1.readable_over_ours"].value == 3
     )
-    assert metrics["geometric_mean.ours_over_conv"]["value"] == pytest.approx(6)
+    assert metrics["geometric_mean.ours_over_conv"].value == pytest.approx(6)
 
 
 def test_peak_memory_of_a_fresh_process():
-    """Ordinary convolution of 4.2 million numbers: output, its gradient and the input's are 16.8 MB each; inputs do not count."""
+    """Of 4.2 million numbers: output, its gradient and the input's are 16.8 MB each."""
     peak = bench.peak_megabytes("conv", (4, 16, 16, 256), TINY, CPU)
     assert peak is None or 48 < peak < 300

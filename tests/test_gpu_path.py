@@ -1,13 +1,20 @@
 """Whatever runs on a GPU runs on the fake accelerator, which refuses to mix devices."""
 
+import dataclasses
+import sys
+import types
+
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+import torchvision
 from torch import nn
 
-from src import backbones, device, training
+from src import backbones, data, device, plotting, results, session, training
 from tests import fake_accelerator
 from tests.test_training import Interrupt
+from tools import bench, notebooks
 
 pytestmark = pytest.mark.skipif(
     fake_accelerator.MISSING is not None, reason=str(fake_accelerator.MISSING)
@@ -136,7 +143,7 @@ def test_a_step_that_does_not_fit_is_taken_in_parts(runtime, capsys):
     assert "in 4 parts" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", backbones.BACKBONES)
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "resnet18"])
 def test_backbones(runtime, name):
     run = runtime((7, 5))
     network = run.place(backbones.load_backbone(name, pretrained=False))
@@ -145,3 +152,89 @@ def test_backbones(runtime, name):
         features.float().square().mean().backward()
     assert features.shape == (2, network.feature_size)
     assert all(p.grad is not None and p.grad.device == p.device for p in network.parameters())
+
+
+def test_the_operator_and_those_it_is_compared_with(runtime):
+    config = dataclasses.replace(bench.Config(), shapes=((2, 4, 6, 5),))
+    run, gradients = runtime((8, 0)), {}
+    for name, function in bench.contenders().items():
+        tensors = bench.inputs(config.shapes[0], config, run)
+        if name != "torchvision":  # an operation of C++ that knows only real devices
+            out = function(*tensors)
+            gradients[name] = torch.autograd.grad(out.square().sum(), tensors[0])[0].cpu()
+    assert torch.allclose(gradients["ours"], gradients["readable"], atol=1e-4)
+
+
+# --- the notebooks --------------------------------------------------------------------------------
+SIZES = {  # how profile `gpu` differs here from the smoke profile
+    "transfer_learning": {
+        "backbone": "resnet50",
+        "study_labels": (5,),
+        "study_steps": (2,),
+        "study_seeds": (0, 1),
+        "mining_seeds": (0,),
+        "fc_steps": 10,
+    },
+    "deformable_convolution": {"per_class": 12, "views": 1, "epochs": 1, "fine_images": 8},
+    "detect_change": {},
+}
+PLANTS = {  # a part of a cell that defines something, and the same without its device
+    "transfer_learning": ("torch.eye(2, 3, device=images.device)", "torch.eye(2, 3)"),
+    "deformable_convolution": (", device=offset.device)", ")"),
+    "detect_change": (
+        "torch.arange(a.shape[self.axis], device=a.device)",
+        "torch.arange(a.shape[self.axis])",
+    ),
+}
+
+
+def small_resnet(weights=None):
+    """A network of a tenth of ResNet-50's layers."""
+    return torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1])
+
+
+def run_notebook(name, monkeypatch, folder, plant=None):
+    """Run all cells of a notebook in this process, on the stand-in, as profile `gpu`.
+
+    Args:
+        folder: where its files go.
+        plant: (text, other text) to replace in a cell that defines something.
+    """
+    module = types.ModuleType(f"notebooks.{name}")
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # dataclasses look their module up
+    monkeypatch.setenv("HW3_PROFILE", "gpu")
+    monkeypatch.setattr(training, "CHECKPOINTS", folder)
+    monkeypatch.setattr(results, "reports_folder", lambda *_: folder)
+    drawn = data.Source("drawn images", "stand-in")
+    monkeypatch.setattr(data, "find_source", lambda *_, **__: drawn)
+    monkeypatch.setattr(plotting, "show", lambda fig, *_: plt.close(fig))
+    monkeypatch.setattr(torchvision.models, "resnet50", small_resnet)  # nor is it downloaded
+    start = session.start
+
+    def start_small(name, dataset, configs):
+        small = dataclasses.replace(configs["smoke"], **SIZES[name])
+        return start(name, dataset, configs | {"gpu": small})
+
+    monkeypatch.setattr(session, "start", start_small)
+    planted = 0
+    for number, cell in enumerate(notebooks.read(name).cells, 1):
+        if cell.cell_type == "code":
+            source = cell.source
+            if plant and "define" in cell.metadata.get("tags", []):
+                planted += source.count(plant[0])
+                source = source.replace(*plant)
+            exec(compile(source, f"<{name}, cell {number}>", "exec"), module.__dict__)
+    assert plant is None, f"not caught ({planted} planted)"
+    return module
+
+
+@pytest.mark.parametrize("name", notebooks.names())
+def test_notebook(gpu, name, monkeypatch, tmp_path):
+    module = run_notebook(name, monkeypatch, tmp_path)
+    assert module.run.runtime.autocast == torch.bfloat16 and module.run.runtime.device == gpu
+
+
+@pytest.mark.parametrize("name", PLANTS)
+def test_a_forgotten_device_is_caught(gpu, name, monkeypatch, tmp_path):
+    with pytest.raises(RuntimeError, match="Expected all tensors to be on the same device"):
+        run_notebook(name, monkeypatch, tmp_path, PLANTS[name])

@@ -1,7 +1,8 @@
-"""`python -m tools.bench`: times the notebook's deformable convolution against others (`make bench`).
+"""`python -m tools.bench`: time deformable convolution against others (`make bench`).
 
-Forward and backward of one layer, in float32. The contenders take turns in every round, each round begins with another of
-them, and ratios are taken within a round: so a slow minute of the machine meets all of them alike.
+Forward and backward of one layer, in float32, on the device that the notebooks would take. The
+contenders take turns in every round, each round begins with another of them, and ratios are taken
+within a round: so a slow minute of the machine meets all of them alike.
 """
 
 import argparse
@@ -12,7 +13,6 @@ import math
 import re
 import subprocess
 import sys
-import types
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,10 +21,14 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
-from src import ROOT, ProjectError, device, results
+from src import ROOT, ProjectError, device, provenance, results, settings
+from src.results import Metric
 from tools.notebooks import definitions
 
+NAME, NOTEBOOK = "deformable_benchmark", "deformable_convolution"
+CONTENDERS = ("ours", "torchvision", "conv", "readable", "grid_sample")
 SLOW = ("readable", "grid_sample")  # take part in every second round
+RATIOS = ("ours_over_conv", "torchvision_over_ours")  # of which geometric means are given
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Config:
 
 
 def grid_sample_convolution(input, offset, weight):
-    """The obvious version of a 3x3 deformable convolution with padding 1: `grid_sample`, then a matrix product."""
+    """The obvious 3x3 deformable convolution with padding 1: `grid_sample` and a matrix product."""
     batch, _, height, width = input.shape
     y, x, taps = (
         torch.arange(n, dtype=input.dtype, device=input.device) for n in (height, width, 9)
@@ -60,18 +64,17 @@ def grid_sample_convolution(input, offset, weight):
 
 
 def contenders():
-    """The functions of (input, offset, weight) that are compared, kernel 3 and padding 1, by name."""
-    fast, readable = definitions("deformable_convolution"), definitions("deformable_convolution")
-    readable.SampledProduct = types.SimpleNamespace(apply=readable.sampled_product)
-    return {
-        "ours": functools.partial(fast.deform_conv2d, padding=1),
-        "torchvision": functools.partial(torchvision.ops.deform_conv2d, padding=1),
-        "conv": lambda input, offset, weight: F.conv2d(input, weight, padding=1),
-        "readable": functools.partial(
-            readable.deform_conv2d, padding=1
-        ),  # the notebook's `sampled_product`
-        "grid_sample": grid_sample_convolution,
-    }
+    """The functions of (input, offset, weight) that are compared, kernel 3 and padding 1."""
+    fast, readable = definitions(NOTEBOOK), definitions(NOTEBOOK)
+    readable.fast_product = readable.sampled_product
+    functions = (
+        functools.partial(fast.deform_conv2d, padding=1),
+        functools.partial(torchvision.ops.deform_conv2d, padding=1),
+        lambda input, offset, weight: F.conv2d(input, weight, padding=1),
+        functools.partial(readable.deform_conv2d, padding=1),
+        grid_sample_convolution,
+    )
+    return dict(zip(CONTENDERS, functions))
 
 
 def inputs(shape, config, runtime):
@@ -87,11 +90,10 @@ def inputs(shape, config, runtime):
 
 
 def forward_and_backward(function, tensors):
-    """Computes the result and its gradients with respect to all tensors that it depends on."""
+    """Compute the result and its gradients with respect to all tensors that it depends on."""
     out = function(*tensors)
-    torch.autograd.grad(
-        out, tensors, torch.ones_like(out), allow_unused=True
-    )  # the ordinary convolution has no offset
+    ones = torch.ones_like(out)
+    torch.autograd.grad(out, tensors, ones, allow_unused=True)  # a convolution has no offset
 
 
 def name_of(shape):
@@ -99,7 +101,7 @@ def name_of(shape):
 
 
 def time_shape(functions, shape, config, runtime):
-    """Seconds of each contender in each measured round, {name: list}; None where it sat a round out."""
+    """Seconds of each contender in each measured round, {name: list}; None where it sat out."""
     tensors, names = inputs(shape, config, runtime), list(functions)
     seconds = {name: [] for name in names}
     for number in range(config.rounds + 1):  # round 0 warms up
@@ -121,11 +123,12 @@ def _status(key):
 
 
 def own_peak(name, shape, config, runtime):
-    """Megabytes that one call takes above what stood before it; on the CPU only right in a process that has done little else."""
-    function = contenders()[name]
-    forward_and_backward(
-        function, inputs((1, *shape[1:3], 4), config, runtime)
-    )  # what a library loads once is not counted
+    """Megabytes that one call takes beside its inputs.
+
+    On the CPU this is only right in a process that has done little else.
+    """
+    function, small = contenders()[name], (1, *shape[1:3], 4)
+    forward_and_backward(function, inputs(small, config, runtime))  # what is loaded once
     tensors = inputs(shape, config, runtime)
     if runtime.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(runtime.device)
@@ -133,9 +136,7 @@ def own_peak(name, shape, config, runtime):
         forward_and_backward(function, tensors)
         return (torch.cuda.max_memory_allocated(runtime.device) - before) / 1e6
     with contextlib.suppress(AttributeError, OSError, TypeError):  # only glibc has it
-        ctypes.CDLL(None).malloc_trim(
-            0
-        )  # else the call could use freed pages that still count as the process's own
+        ctypes.CDLL(None).malloc_trim(0)  # freed pages that still count could be used again
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
     before = _status("VmRSS")
     forward_and_backward(function, tensors)
@@ -143,19 +144,14 @@ def own_peak(name, shape, config, runtime):
 
 
 def peak_megabytes(name, shape, config, runtime):
-    """Peak memory of one call in megabytes, None where the system does not tell it; on the CPU in a fresh process."""
+    """Peak memory of one call in megabytes, None where the system does not tell it.
+
+    On the CPU it is measured in a fresh process.
+    """
     if runtime.device.type == "cuda":
         return own_peak(name, shape, config, runtime)
-    command = [
-        sys.executable,
-        "-m",
-        "tools.bench",
-        "--peak",
-        name,
-        name_of(shape),
-        "--threads",
-        str(config.threads),
-    ]
+    command = [sys.executable, "-m", "tools.bench", "--threads", str(config.threads)]
+    command += ["--peak", name, name_of(shape)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     try:
         return float(done.stdout.split()[-1])
@@ -172,39 +168,31 @@ def measures(shapes, seconds, peaks):
         peaks: {(shape's name, contender): megabytes}, what could be measured.
 
     Returns:
-        {name: metric}: per shape and contender the median and quartiles of its seconds, and of its ratios to ours and to the
-        ordinary convolution, each ratio taken within a round; the peaks; geometric means over the shapes.
+        {name: metric}: per shape and contender the median and quartiles of its seconds, and of its
+        ratios to ours and to the ordinary convolution, each taken within a round; the peaks;
+        geometric means over the shapes.
     """
     metrics = {}
 
     def add(name, values, unit):
         quartiles = np.percentile(values, [25, 50, 75])
         for suffix, value in zip(("_q1", "", "_q3"), quartiles):
-            metrics[name + suffix] = results.single(value, unit) | {"n": len(values)}
+            metrics[name + suffix] = Metric(float(value), len(values), None, unit)
 
     for shape in map(name_of, shapes):
         rounds = seconds[shape]
         for name in rounds:
-            add(
-                f"{shape}.{name}_seconds",
-                [value for value in rounds[name] if value is not None],
-                "seconds",
-            )
-            for other in ("ours", "conv"):
-                if name != other:
-                    ratios = [
-                        a / b
-                        for a, b in zip(rounds[name], rounds[other])
-                        if a is not None and b is not None
-                    ]
-                    add(f"{shape}.{name}_over_{other}", ratios, "ratio")
+            key = f"{shape}.{name}"
+            add(f"{key}_seconds", [x for x in rounds[name] if x is not None], "seconds")
+            for other in {"ours", "conv"} - {name}:
+                pairs = zip(rounds[name], rounds[other])
+                add(f"{key}_over_{other}", [a / b for a, b in pairs if a and b], "ratio")
             if (shape, name) in peaks:
-                metrics[f"{shape}.{name}_peak_mb"] = results.single(peaks[shape, name], "megabytes")
-    for ratio in ("ours_over_conv", "torchvision_over_ours"):
-        logarithms = [math.log(metrics[f"{name_of(shape)}.{ratio}"]["value"]) for shape in shapes]
-        metrics[f"geometric_mean.{ratio}"] = results.single(
-            math.exp(np.mean(logarithms)), "ratio"
-        ) | {"n": len(shapes)}
+                metrics[f"{key}_peak_mb"] = results.single(peaks[shape, name], "megabytes")
+    for ratio in RATIOS:
+        logarithms = [math.log(metrics[f"{name_of(shape)}.{ratio}"].value) for shape in shapes]
+        mean = math.exp(np.mean(logarithms))
+        metrics[f"geometric_mean.{ratio}"] = Metric(mean, len(shapes), None, "ratio")
     return metrics
 
 
@@ -212,46 +200,33 @@ def table(shapes, names, metrics):
     """The metrics as a markdown table."""
 
     def value(name, factor=1.0, digits=2):
-        return f"{factor * metrics[name]['value']:.{digits}f}" if name in metrics else "–"
+        return f"{factor * metrics[name].value:.{digits}f}" if name in metrics else "–"
 
-    columns = (
-        "batch x in x out x side",
-        "contender",
-        "median (ms)",
-        "quartiles (ms)",
-        "peak (MB)",
-        "time / ours",
-        "time / conv",
-    )
-    rows = ["| " + " | ".join(columns) + " |", "|---|---|" + "---:|" * 5]
+    headings = ["batch x in x out x side", "contender", "median (ms)", "quartiles (ms)"]
+    headings += ["peak (MB)", "time / ours", "time / conv"]
+    rows = []
     for shape in map(name_of, shapes):
         for name in names:
             key = f"{shape}.{name}"
-            quartiles = " to ".join(value(f"{key}_seconds_{q}", 1000) for q in ("q1", "q3"))
-            ratios = [
-                "1" if name == other else value(f"{key}_over_{other}") for other in ("ours", "conv")
-            ]
-            cells = (
-                shape,
-                name,
-                value(f"{key}_seconds", 1000),
-                quartiles,
-                value(f"{key}_peak_mb", digits=0),
-                *ratios,
-            )
-            rows.append("| " + " | ".join(cells) + " |")
-    return "\n".join(rows)
+            quartiles = (value(f"{key}_seconds_{q}", 1000) for q in ("q1", "q3"))
+            cells = [value(f"{key}_seconds", 1000), " to ".join(quartiles)]
+            cells.append(value(f"{key}_peak_mb", digits=0))
+            for other in ("ours", "conv"):
+                cells.append("1" if name == other else value(f"{key}_over_{other}"))
+            rows.append((shape, name, *cells))
+    return results.table(headings, rows)
 
 
 def run(config, runtime, memory=True):
-    """Measures everything, prints a table and stores the numbers; gives the results file's path."""
+    """Measure everything, print a table and store the numbers; give the results file's path."""
     clock, functions = device.Stopwatch(runtime), contenders()
     seconds, peaks, threads = {}, {}, torch.get_num_threads()
     try:
         torch.set_num_threads(config.threads)
         print(f"Forward and backward, 3x3, {runtime.describe()}, {config.rounds} rounds.")
         print(
-            "readable is the notebook's sampled_product; peak is the memory that one call takes beside its inputs."
+            "readable is the notebook's sampled_product; peak is the memory that one call takes "
+            "beside its inputs."
         )
         for shape in config.shapes:
             seconds[name_of(shape)] = time_shape(functions, shape, config, runtime)
@@ -262,15 +237,13 @@ def run(config, runtime, memory=True):
         metrics = measures(config.shapes, seconds, peaks)
         print(table(config.shapes, functions, metrics))
         if not peaks:
-            print(
-                "Peak memory was not measured"
-                + (": this system does not tell it." if memory else ".")
-            )
-        for ratio in ("ours_over_conv", "torchvision_over_ours"):
-            mean = metrics[f"geometric_mean.{ratio}"]["value"]
+            why = ": this system does not tell it." if memory else "."
+            print(f"Peak memory was not measured{why}")
+        for ratio in RATIOS:
+            mean = metrics[f"geometric_mean.{ratio}"].value
             print(f"geometric mean over the shapes, {ratio.replace('_', ' ')}: {mean:.2f}")
         return results.save_results(
-            "deformable_benchmark",
+            NAME,
             metrics,
             profile="bench",
             source=None,
@@ -278,6 +251,7 @@ def run(config, runtime, memory=True):
             seeds=[config.seed],
             seconds=clock.lap(),
             config=config,
+            fingerprint=provenance.code_fingerprint(ROOT / "notebooks" / f"{NOTEBOOK}.ipynb"),
         )
     finally:
         torch.set_num_threads(threads)
@@ -287,21 +261,15 @@ def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tools.bench", description="Times deformable convolution."
     )
-    parser.add_argument(
-        "--peak",
-        nargs=2,
-        metavar=("CONTENDER", "SHAPE"),
-        help="only print the peak megabytes of one call",
-    )
-    parser.add_argument(
-        "--threads", type=int, default=Config.threads, help="on the CPU (default: %(default)s)"
-    )
+    peak = dict(nargs=2, metavar=("CONTENDER", "SHAPE"))
+    parser.add_argument("--peak", **peak, help="only print the peak megabytes of one call")
+    threads = "on the CPU (default: %(default)s)"
+    parser.add_argument("--threads", type=int, default=Config.threads, help=threads)
     options = parser.parse_args(arguments)
-    config, runtime = (
-        Config(threads=options.threads),
-        device.start("cpu"),
-    )  # float32; the notebooks' memory setting for all alike
+    config = Config(threads=options.threads)
     try:
+        place = device.choose_device(settings.read().device)
+        runtime = device.start(place, "cpu")  # float32, and the notebooks' setting for the memory
         if options.peak:
             torch.set_num_threads(config.threads)
             name, shape = options.peak
