@@ -1,34 +1,64 @@
-# make html   runs every notebook top to bottom and writes its HTML into reports/
-# make test   runs all tests
-# make clean  removes what the two made, and nothing that is committed
-# make submission NAME="Your Name" ID=StudentNumber   packs what is handed in, if it is fit to be (README, "Handing it in")
-# make rerun  unpacks that elsewhere, makes a fresh environment, runs every notebook and compares every number
-# make robustness  runs every notebook under hard conditions: other folders, no network, cut off and started again
-# make bench  times the deformable convolution against others and stores the numbers
+# Targets:
+#   make html        run every notebook top to bottom and write its page into reports/
+#   make test        lint, then run all tests
+#   make lint        check style and format of all Python code, notebooks included
+#   make estimate    tell how long each profile would take on this machine
+#   make bench       time the deformable convolution against others and store the numbers
+#   make figures     draw the figures of the theory
+#   make theory      write reports/theory.html
+#   make theory-images   write the theory as PDF and page images (needs Chromium)
+#   make fuzz        feed the readers broken images, annotations, results and notebooks
+#   make robustness  run every notebook under hard conditions (minutes): other folders, cut off
+#   make submission NAME="Your Name" ID=StudentNumber   pack what is handed in, if it is fit to be
+#   make rerun       unpack that elsewhere, run every notebook afresh, compare every number
+#   make clean       remove caches and the outputs of stand-in runs
+#   make distclean   also remove the environment, checkpoints and demonstration runs
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 
-# A variable of the command line as the shell's own, so that quotes in it do no harm; one of the environment does not count.
+# A variable of the command line as the shell's own, so that quotes in it do no harm; one of the
+# environment does not count.
 given = $(if $(findstring command,$(origin $(1))),"$$$(1)")
 
-.PHONY: html test robustness bench theory-images submission rerun clean
+.PHONY: help html test lint estimate bench figures theory theory-images fuzz robustness submission \
+	rerun clean distclean
 .DELETE_ON_ERROR:
+
+help:
+	@sed -n 's/^# *\(make [a-z]\)/\1/p' Makefile
 
 html: $(VENV)/installed
 	$(RUN) -m tools.run
 
-test: $(VENV)/installed-tests
+test: lint
 	$(RUN) -m pytest
 
-robustness: $(VENV)/installed-tests
-	$(RUN) -m pytest tests/robustness.py
+lint: $(VENV)/installed-tests
+	$(RUN) -m ruff check
+	$(RUN) -m ruff format --check
+
+estimate: $(VENV)/installed
+	$(RUN) -m tools.estimate
 
 bench: $(VENV)/installed
 	$(RUN) -m tools.bench
 
+figures: $(VENV)/installed
+	$(RUN) -m theory.make_figures
+
+theory: $(VENV)/installed
+	$(RUN) -m tools.html theory reports/theory.html
+
 theory-images: $(VENV)/installed
 	$(RUN) -m tools.html images reports/theory
+
+fuzz: $(VENV)/installed-tests
+	$(RUN) -m pytest tests/fuzz.py tests/fuzz_outputs.py
+
+robustness: $(VENV)/installed-tests
+	$(RUN) -m pytest tests/robustness.py
 
 submission: $(VENV)/installed
 	$(RUN) -m tools.submission build --name=$(call given,NAME) --id=$(call given,ID) \
@@ -39,13 +69,16 @@ rerun: $(VENV)/installed
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PIP) -r requirements.txt
 	touch $@
 
 $(VENV)/installed-tests: $(VENV)/installed tests/requirements.txt
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
+	$(PIP) -r tests/requirements.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) reports/standin data/standin-* data/checkpoints
-	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf reports/standin reports/unfinished data/standin-* .pytest_cache .ruff_cache
+	find . -name $(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV) data/checkpoints reports/demo

@@ -1,6 +1,6 @@
 """Scores of several networks and seeds on the same samples: compared in pairs, drawn."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -42,6 +42,15 @@ def summary(scores: Mapping, key: str, groups, labels: np.ndarray) -> dict[str, 
         metrics[f"{key}.test_{name}"] = results.bootstrap(values, groups, unit)
     weighted = balanced(by_seed(scores, key, "accuracy"), labels)
     return metrics | {f"{key}.test_balanced_accuracy": results.bootstrap(weighted, groups)}
+
+
+def compact(scores: Mapping, keys: Iterable[str], prefix: str = "") -> dict[str, np.ndarray]:
+    """What was found for every seed and test sample, and the mask IoU, in few bytes."""
+    arrays = {}
+    for key in keys:
+        arrays[f"{prefix}{key}.found"] = by_seed(scores, key, "found").astype(np.uint8)
+        arrays[f"{prefix}{key}.mask_iou"] = by_seed(scores, key, "mask_iou").astype(np.float16)
+    return arrays
 
 
 def verdict(metric: Metric, gained="a gain", lost="a loss", unclear="interval includes 0") -> str:
@@ -140,8 +149,8 @@ def plot_confusions(found: Mapping, truth: np.ndarray, classes: Sequence[str]):
     return fig
 
 
-def benchmark_table(stored: Mapping) -> tuple[list[str], list[tuple]]:
-    """Headings and rows of the stored benchmark of `tools.bench`: a contender a row."""
+def benchmark_table(stored: Mapping) -> tuple[list[str], list[tuple], str]:
+    """Headings, rows (a contender each) and caption of the stored benchmark of `tools.bench`."""
     labels = {
         "ours": "ours, fast",
         "readable": "ours, readable",
@@ -158,4 +167,11 @@ def benchmark_table(stored: Mapping) -> tuple[list[str], list[tuple]]:
             memory = f", {peak.value:.0f} MB" if peak else ""
             cells.append(f"{1000 * timed[f'{key}_seconds'].value:.0f} ms{memory}")
         rows.append((label, *cells))
-    return ["contender", *(" × ".join(map(str, shape)) for shape in shapes)], rows
+    headings = ["contender", *(" × ".join(map(str, shape)) for shape in shapes)]
+    caption = (
+        "Batch × channels in × out × side: median time of forward and backward, and the memory "
+        f"that one call takes beside its inputs, on {stored['machine']}. Geometric means: ours "
+        f"over the ordinary convolution {timed['geometric_mean.ours_over_conv']:.2f}, torchvision "
+        f"over ours {timed['geometric_mean.torchvision_over_ours']:.1f}."
+    )
+    return headings, rows, caption

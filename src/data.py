@@ -101,6 +101,7 @@ def find_source(
         if not online:
             print(f"{title}: nothing is downloaded for it in the demo profile")
             return Source(title, "stand-in")
+        print(f"{title}: downloading what is missing (HW3_PROFILE=demo would download nothing)")
         try:
             dataset.fetch(DATA, profile, mirror)
             return Source(title, "download", DATA, downloads=True, mirror=mirror)
@@ -130,11 +131,17 @@ def _other_content(dataset: DataSet, folder: Path) -> str:
 @contextlib.contextmanager
 def opened_image(path: Path) -> Iterator[Image.Image]:
     """Open an image file; what goes wrong inside becomes a DataError that names the file."""
+    with _decoding(str(path)), Image.open(path) as image:
+        yield image
+
+
+@contextlib.contextmanager
+def _decoding(name: str) -> Iterator[None]:
     try:
-        with Image.open(path) as image:
-            yield image
+        yield
     except Exception as error:  # Pillow's decoders raise of all kinds for damaged files
-        raise DataError(f"cannot read the image {path} ({error}): replace or remove it") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"cannot read the image {name} ({reason}): replace or remove it") from error
 
 
 def read_image(path: Path) -> Image.Image:
@@ -175,13 +182,15 @@ def central_square(image, side: int, least: int = 16) -> tuple[torch.Tensor, int
     if isinstance(image, (str, os.PathLike)):
         image = read_image(Path(image))
     elif isinstance(image, Image.Image):
-        image = upright_rgb(image)
+        with _decoding(getattr(image, "filename", "") or "that was given"):
+            image = upright_rgb(image)
     else:
         raise DataError(f"Give a Pillow image or a file name, not {type(image).__name__}.")
     short = min(image.size)
     if short < least:
         raise DataError(
-            f"The image has {image.width}x{image.height} pixels; {least}x{least} are needed."
+            f"The image is {image.width}x{image.height} pixels; at least {least}x{least} are "
+            "needed."
         )
     left, top = (image.width - short) / 2, (image.height - short) / 2
     box = (left, top, left + short, top + short)

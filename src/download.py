@@ -151,7 +151,9 @@ def _download(
     md5: str | None = None,
     check: Callable[[Path], object] | None = None,
 ) -> None:
-    part = target.with_name(target.name + ".part")
+    # small files of their own for every process, as two notebooks may fetch the same photos
+    ending = f".{os.getpid()}.part" if check else ".part"
+    part = target.with_name(target.name + ending)
     with storing(target, part):
         target.parent.mkdir(parents=True, exist_ok=True)
         for wait in (*WAITS, None):

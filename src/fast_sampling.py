@@ -177,12 +177,13 @@ class SampledProduct(torch.autograd.Function):
                     columns = sample(pixels, corners[samples], weights[samples])
                     result[part].addmm_(columns.view(-1, taps * channels), kernel[s])
                     del columns
-        return out.view(groups, batch, positions, -1).permute(1, 0, 3, 2)
+        return out.view(groups, batch, positions, kernel.shape[2]).permute(1, 0, 3, 2)
 
     @staticmethod
     def backward(ctx, grad):
         others = ctx.row, ctx.groups, ctx.reference
-        grads = SampledProductGradient.apply(*ctx.saved_tensors, grad, *others)
+        with full_precision(grad.device.type):  # autocast may be on where backward is called
+            grads = SampledProductGradient.apply(*ctx.saved_tensors, grad, *others)
         return grads[0], None, *grads[1:], None, None, None
 
     @staticmethod
@@ -210,7 +211,7 @@ class SampledProductGradient(torch.autograd.Function):
                     weights = weight[images, g].reshape(-1, 4)
                     pixel_sum = PixelSum(corners, weights, length * rows)
                 pixels = table[images, s].reshape(-1, channels)
-                of_result = grad[images, h].transpose(1, 2).reshape(length * positions, -1)
+                of_result = grad[images, h].transpose(1, 2).flatten(0, 1)
                 for part in slices(len(of_result), step):
                     samples = slice(part.start * taps, part.stop * taps)
                     columns = sample(pixels, corners[samples], weights[samples])

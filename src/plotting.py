@@ -1,12 +1,13 @@
 """One look for all figures: palette, axes, pictures, captions, alt text."""
 
+import base64
 import io
 from collections.abc import Mapping, Sequence
 
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
-from IPython.display import Image, Markdown, display
+from IPython.display import Markdown, display
 
 from src import ProjectError
 
@@ -61,7 +62,9 @@ def show(fig, caption: str, alt: str, standin: bool = False) -> None:
     buffer = io.BytesIO()
     fig.savefig(buffer, format="png", dpi=110, facecolor="white", metadata={"Software": None})
     plt.close(fig)
-    display(Image(data=buffer.getvalue(), format="png", alt=alt))
+    # As raw data, since only IPython 8 and newer give an Image its alt text.
+    data = {"image/png": base64.b64encode(buffer.getvalue()).decode(), "text/plain": "<Figure>"}
+    display(data, raw=True, metadata={"image/png": {"alt": alt}})
     display(Markdown(caption))
 
 

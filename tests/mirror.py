@@ -1,11 +1,28 @@
-"""A server on this machine that stands for the official ones, and misbehaves as real ones do."""
+"""A server on this machine that stands for the official ones, and misbehaves as real ones do.
+
+`python -m tests.mirror FOLDER` serves the real data in a folder and prints the settings to use it.
+"""
 
 import contextlib
+import hashlib
 import http.server
+import io
+import pickle
+import signal
+import sys
+import tarfile
+import tempfile
 import threading
+import zipfile
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torchvision.datasets import CIFAR10
+
+from src.datasets import cifar10
 
 PAGE = b"<!DOCTYPE html><html><body>Please log in to this network.</body></html>"
 
@@ -71,6 +88,54 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         pass
 
 
+def coco_files(folder: Path) -> dict[str, bytes | Path]:
+    """COCO's official files, made of those in the folder of the real data."""
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as bundle:
+        for path in sorted((folder / "coco" / "annotations").glob("*.json")):
+            bundle.write(path, f"annotations/{path.name}")
+    photos = {
+        f"{path.parent.name}/{path.name}": path for path in (folder / "coco").glob("*2017/*.jpg")
+    }
+    return {"annotations/annotations_trainval2017.zip": archive.getvalue()} | photos
+
+
+def cifar10_files(folder: Path) -> tuple[dict[str, bytes], str]:
+    """CIFAR-10's official archive, made of the images in the folder of the real data.
+
+    Returns:
+        The archive by its path, and the text of a `sitecustomize.py`: with that on `PYTHONPATH`,
+        torchvision expects the checksums of this archive instead of the official ones.
+    """
+    names = [name for name, _ in CIFAR10.train_list] + [CIFAR10.test_list[0][0]]
+    members, labels = {}, ("airplane", "automobile")
+    meta = {"label_names": list(cifar10.CLASSES)}
+    members[CIFAR10.meta["filename"]] = pickle.dumps(meta)
+    for i, name in enumerate(names):
+        split, part = ("test", slice(None)) if name == names[-1] else ("train", slice(i, None, 5))
+        images, numbers = [], []
+        for label, kind in enumerate(labels):
+            for path in sorted((folder / "cifar10" / split / kind).iterdir())[part]:
+                images.append(np.array(Image.open(path)).transpose(2, 0, 1).ravel())
+                numbers.append(label)
+        members[name] = pickle.dumps({"data": np.stack(images), "labels": numbers})
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz", compresslevel=1) as archive:
+        for name, content in members.items():
+            entry = tarfile.TarInfo(f"{CIFAR10.base_folder}/{name}")
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    sums = {name: hashlib.md5(content).hexdigest() for name, content in members.items()}
+    patch = f"""from torchvision.datasets import CIFAR10
+
+CIFAR10.tgz_md5 = {hashlib.md5(buffer.getvalue()).hexdigest()!r}
+CIFAR10.train_list = {[[name, sums[name]] for name in names[:-1]]}
+CIFAR10.test_list = {[[names[-1], sums[names[-1]]]]}
+CIFAR10.meta = {CIFAR10.meta | {"md5": sums[CIFAR10.meta["filename"]]}}
+"""
+    return {"~kriz/cifar-10-python.tar.gz": buffer.getvalue()}, patch
+
+
 @contextlib.contextmanager
 def running() -> Iterator[Mirror]:
     """A mirror that answers until the block ends."""
@@ -78,3 +143,19 @@ def running() -> Iterator[Mirror]:
         threading.Thread(target=mirror.serve_forever, args=(0.01,), daemon=True).start()
         yield mirror
         mirror.shutdown()
+
+
+def main(folder: Path) -> None:
+    with running() as mirror, tempfile.TemporaryDirectory() as patches:
+        files, patch = cifar10_files(folder)
+        mirror.files = coco_files(folder) | files
+        (Path(patches) / "sitecustomize.py").write_text(patch)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        print(f"export HW3_MIRROR={mirror.url} PYTHONPATH={patches}", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            threading.Event().wait()
+        print(f"{len(mirror.asked)} requests")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

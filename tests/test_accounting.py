@@ -1,4 +1,4 @@
-"""The accounting against PyTorch itself: parameters, its own count of operations, and fields from input gradients."""
+"""The accounting against PyTorch: parameters, operations, and fields from input gradients."""
 
 import random
 
@@ -30,7 +30,7 @@ def seen_by_gradient(model: nn.Module, size: tuple[int, int, int], row: int, col
 
 
 def skeleton(model: nn.Module) -> nn.Module:
-    """The network with one channel, weights of one and no nonlinearity: the same windows, and a gradient that cannot cancel."""
+    """Make the network one of ones, with one channel, so that no gradient can cancel."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Conv2d):

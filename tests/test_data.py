@@ -240,3 +240,28 @@ def test_split_needs_a_proper_share(fraction):
 def test_split_needs_two_of_each_class():
     with pytest.raises(DataError, match="from 1 items"):
         data.train_val_split([0, 0, 0, 1], 0.5, seed=0)
+
+
+# --- squares -------------------------------------------------------------------------------------
+def test_central_square_of_a_file_and_of_an_image_agree(tmp_path):
+    pixels = np.zeros((60, 100, 3), np.uint8)
+    pixels[:, 20:80] = 255
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    square, short = data.central_square(tmp_path / "a.png", 32)
+    assert short == 60 and square.shape == (1, 3, 32, 32) and square.min() > 0.9
+    with Image.open(tmp_path / "a.png") as image:
+        assert torch.equal(data.central_square(image, 32)[0], square)
+
+
+def test_central_square_refuses_in_one_line(tmp_path):
+    Image.effect_noise((50, 50), 64).save(tmp_path / "a.png")
+    (tmp_path / "half.png").write_bytes((tmp_path / "a.png").read_bytes()[:900])
+    with Image.open(tmp_path / "half.png") as half:
+        for image, message in (
+            (half, r"cannot read the image .*half\.png"),
+            (tmp_path / "half.png", r"cannot read the image .*half\.png"),
+            (Image.new("RGB", (100, 9)), "The image is 100x9 pixels; at least 16x16 are needed"),
+            (None, "Give a Pillow image or a file name, not NoneType"),
+        ):
+            with pytest.raises(DataError, match=message):
+                data.central_square(image, 32)

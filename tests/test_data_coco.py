@@ -15,6 +15,7 @@ from src import data, datasets, download
 from src.data import DataError, Source
 from src.datasets import coco
 from src.download import DownloadError
+from tests import mirror as mirrors
 
 STANDIN = Source("any", "stand-in")
 SPLITS = ("train2017", "val2017")
@@ -358,6 +359,21 @@ def test_real_coco(real_data):
         assert sorted(loaded.imgs) == coco.SAMPLE[split]
         info = next(iter(loaded.imgs.values()))
         assert data.read_image(image_path(info)).size == (info["width"], info["height"])
+
+
+def test_real_coco_from_a_mirror(real_data, mirror):
+    mirror.files = mirrors.coco_files(real_data)
+    mirror.faults[""] = ["no ranges"]
+    for number in coco.SAMPLE["train2017"][::10]:
+        mirror.faults[f"train2017/{number:012d}.jpg"] = ["cut"]
+    source = data.find_source(datasets.COCO, None, mirror=mirror.url)
+    for split in SPLITS:
+        loaded, image_path = datasets.load_coco(split, source)
+        assert sorted(loaded.imgs) == coco.SAMPLE[split]
+        for info in loaded.imgs.values():
+            original = real_data / "coco" / split / info["file_name"]
+            assert image_path(info).read_bytes() == original.read_bytes()
+    assert len(mirror.asked) <= 700
 
 
 # --- outlines ------------------------------------------------------------------------------------

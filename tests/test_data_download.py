@@ -166,6 +166,15 @@ def test_many_files_are_fetched_once_and_whole(mirror, many):
     assert len(mirror.asked) == 101
 
 
+def test_what_another_process_is_fetching_is_left_alone(many):
+    first = next(iter(many))
+    first.parent.mkdir()
+    part = first.with_name(first.name + ".1.part")
+    part.write_bytes(photo()[:100])
+    assert download.download_many(many, "photos", data.read_image) == []
+    assert first.read_bytes() == photo() and part.read_bytes() == photo()[:100]
+
+
 def test_faults_that_pass_cost_no_file(mirror, many):
     for i, fault in enumerate(["cut", "503", "page", "disguised page", "no length", "bad length"]):
         mirror.faults[f"{i + 1}.jpg"] = [fault]

@@ -264,8 +264,9 @@ def test_shapes_without_numbers():
 @pytest.mark.parametrize("modulation", [False, True])
 def test_the_layer_on_meta_and_fake_tensors(modulation):
     def forward(device):
-        layer = nb.DeformConv2d(4, 6, 3, padding=1, offset_groups=2, modulation=modulation)
-        layer, x = layer.to(device), torch.zeros(2, 4, 6, 7, device=device, requires_grad=True)
+        with torch.device(device):
+            layer = nb.DeformConv2d(4, 6, 3, padding=1, offset_groups=2, modulation=modulation)
+        x = torch.zeros(2, 4, 6, 7, device=device, requires_grad=True)
         out = layer(x)
         assert out.shape == (2, 6, 6, 7) and out.device.type == device
         (gradient,) = torch.autograd.grad(out.sum(), x)
@@ -884,7 +885,9 @@ def test_static_offsets_learn_but_do_not_depend_on_the_input():
         layer(x).square().sum().backward()
         optimizer.step()
     offset, _ = layer.offsets_and_mask(x)
-    assert offset.std() > 1e-3 and torch.equal(offset, offset[:1, :, :1, :1].expand_as(offset))
+    assert offset.abs().min() > 1e-3 and torch.equal(
+        offset, offset[:1, :, :1, :1].expand_as(offset)
+    )
     assert not layer.offset_branch.weight.any()
 
 
@@ -1051,8 +1054,8 @@ def test_the_question_is_crossed():
         if kind != "ordinary":
             assert layer.offset_branch.weight.requires_grad == (kind == "deformable")
             assert layer.offset_branch.bias.requires_grad
-        assert isinstance(head(key).layers[0][0], nn.Conv2d), "only the last layer differs"
-    assert isinstance(head("stacked").layers[0][0], nb.DeformConv2d)
+        assert len(head(key).layers) == 1
+    assert [type(block[0]) for block in head("stacked").layers] == 2 * [nb.DeformConv2d]
     assert head("dilated").layers[-1][0].dilation == (2, 2)
 
 
@@ -1118,14 +1121,14 @@ def test_macs_by_hand():
     w, shapes = nb.CONFIGS["smoke"].width, [(5, 8, 8), (6, 4, 4), (7, 2, 2)]
     layer = 64 * 9 * w * w
     reduce = w * (64 * 5 + 16 * 6 + 4 * 7)
-    plain = reduce + 2 * layer + 64 * w + 3 * w
+    plain = reduce + layer + 64 * w + 3 * w
     count = functools.partial(trials.count_macs, shapes=shapes)
     assert count(head("ordinary_9")) == count(head("dilated")) == plain
     branch, sampling = 64 * 9 * w * 18, 64 * 4 * 9 * w
     assert count(head("static_9")) == plain + sampling, "its offsets are constants"
     assert count(head("deformable_9")) == plain + sampling + branch
-    assert count(head("stacked")) == plain + 2 * (sampling + branch)
-    assert count(head("grouped")) == plain + sampling + 3 * branch
+    assert count(head("stacked")) == plain + layer + 2 * (sampling + branch)
+    assert count(head("grouped")) == plain + sampling + 3 * branch  # 2 groups of 27
     smaller = plain - layer + 64 * w * w
     assert count(head("ordinary_1")) == smaller
     assert count(head("deformable_1")) == smaller + 64 * w * (2 + 4)
@@ -1282,7 +1285,7 @@ def test_the_benchmark_stores_what_it_prints(monkeypatch, tmp_path, capsys):
     printed = [
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in output.splitlines()
-        if line.startswith("| 1x4x6x9")
+        if "1x4x6x9 |" in line
     ]
     assert f"ours over conv: {values['geometric_mean.ours_over_conv']:.2f}\n" in output
     assert [row[1] for row in printed] == list(bench.contenders())

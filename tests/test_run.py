@@ -1,254 +1,279 @@
-"""Every notebook, run top to bottom on the stand-in, the way `make html` does it; and what is committed of the real run."""
+"""Every notebook run on the stand-in, as `make html` does it; what is kept when one fails."""
 
-import hashlib
-import html
 import json
 import os
-import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
 import pytest
 
-from src import ProjectError
+from src import ProjectError, results, settings
 from src.plotting import STANDIN_MARK
 from src.results import load_results
 from tools import notebooks, run
-from tools.notebooks import names
+from tools.submission import checks
 
 ROOT = Path(__file__).resolve().parent.parent
-METHODS = ("cross_entropy", "triplet", "joint", "triplet_batch_hard")
 
 
 def outputs(notebook):
     return [output for cell in notebook.cells for output in cell.get("outputs", [])]
 
 
-def alt_texts(notebook):
-    return [
-        o.metadata["image/png"]["alt"]
-        for o in outputs(notebook)
-        if "image/png" in o.get("data", {})
-    ]
+def copy_project(folder, *parts):
+    for part in parts:
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / part, folder / part, ignore=ignored)
+    return folder
 
 
-def check_order(notebook):
-    counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
-    assert counts == list(range(1, len(counts) + 1)), "cells were not run once each, top to bottom"
-    assert not any(output.output_type == "error" for output in outputs(notebook))
-
-
-def check_numbers(notebook, stored):
-    """Holds the numbers that figures, tables and prose show against the results file."""
-    metrics, alts = stored["metrics"], alt_texts(notebook)
-    text = "\n".join(
-        o.data["text/markdown"] for o in outputs(notebook) if "text/markdown" in o.get("data", {})
+def command(folder, *words, **environment):
+    """The runner's command line, for a process of its own in a copy of the project."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("HW3_")}
+    return dict(
+        args=[sys.executable, "-m", "tools.run", *words],
+        cwd=folder,
+        env=clean | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
     )
-    for method in METHODS:
-        metric = metrics[f"{method}.test_accuracy"]
-        errors = round((1 - metric["value"]) * metric["n"])
-        low, high = metric["ci95"]
-        assert (
-            f"| {metric['value']:.2%} | {low:.2%} to {high:.2%} | {errors} of {metric['n']} |"
-            in text
-        ), method
-        assert (
-            f"{100 * metric['value']:.2f} % (95 % interval {100 * low:.2f} to {100 * high:.2f}, n = {metric['n']})"
-            in text
-        )
-        assert low <= metric["value"] <= high
-    confusion = next(alt for alt in alts if "Confusion matrices" in alt)
-    counts = re.findall(
-        r"(\d+) airplanes called automobile, (\d+) automobiles called airplane", confusion
-    )
-    assert [sum(map(int, pair)) for pair in counts] == [
-        round((1 - metrics[f"{m}.test_accuracy"]["value"]) * metrics[f"{m}.test_accuracy"]["n"])
-        for m in METHODS
-    ]
-    curves = stored["curves"]
-    shown = {}
-    for alt in (alt for alt in alts if "against epochs" in alt):
-        shown |= {
-            alt: [float(x) for x in re.findall(r"(\d+\.\d+) in the (?:first epoch|last)", alt)]
-        }
-    stored_values = [
-        [round(row[column], 3) for row in (history["epochs"][0], history["epochs"][-1])]
-        for history in curves.values()
-        for column in history["epochs"][0]
-        if column != "seconds"
-    ]
-    assert (
-        len(shown) == len(curves) - 1
-    )  # batch-hard mining is drawn behind the training it goes on from
-    continued = next(alt for alt in alts if "continued by batch-hard mining" in alt)
-    assert re.findall(
-        r"validation: (\S+) after the last epoch of random triplets, (\S+) after batch-hard mining",
-        continued,
-    ) == [
-        tuple(
-            f"{curves[name]['epochs'][-1][column]:.3f}"
-            for name in ("triplet", "triplet_batch_hard")
-        )
-        for column in ("val_loss", "val_right_order")
-    ]
-    for alt, values in shown.items():
-        pairs = [values[i : i + 2] for i in range(0, len(values), 2)]
-        assert pairs and all(pair in stored_values for pair in pairs), alt
-    for history in curves.values():
-        losses = [row["val_loss"] for row in history["epochs"]]
-        assert history["best_epoch"] == losses.index(min(losses)) + 1
 
 
-# --- the stand-in run
+# --- the stand-in run, made once for all
 
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
-    """A copy of the project in a folder with a space and Persian letters, all notebooks run there."""
-    project = tmp_path_factory.mktemp("run") / "یادگیری عمیق"
-    for part in ("src", "tools", "notebooks", "theory", "reports/results"):
-        shutil.copytree(ROOT / part, project / part, ignore=shutil.ignore_patterns("__pycache__"))
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("HW3_")} | {
-        "HW3_PROFILE": "smoke"
-    }
-    done = subprocess.run(
-        [sys.executable, "-m", "tools.run"],
-        cwd=project,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    """A copy of the project, all notebooks run; its path holds a space and Persian letters."""
+    folder = tmp_path_factory.mktemp("run") / "یادگیری عمیق"
+    copy_project(folder, "src", "tools", "notebooks", "theory", "reports/results")
+    # A setting with a blank, as a Windows prompt leaves it, must not reach the real results.
+    done = subprocess.run(**command(folder, HW3_PROFILE="smoke "))
     assert done.returncode == 0, done.stdout + done.stderr
-    return project, done
+    return folder, done
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", notebooks.names())
 def test_every_notebook_runs_on_the_standin(smoke, name):
     project, done = smoke
     folder = project / "reports" / "standin"
     executed = nbformat.read(folder / f"{name}.ipynb", as_version=4)
-    check_order(executed)
-    theory = "".join(path.read_text(encoding="utf-8") for path in (project / "theory").glob("*.md"))
-    measured = [
-        alt for alt in alt_texts(executed) if f"![{alt}]" not in theory
-    ]  # a figure of the theory shows no data
-    assert measured and all(STANDIN_MARK in alt for alt in measured)
-    assert STANDIN_MARK in (folder / f"{name}.html").read_text(encoding="utf-8")
+    place = ROOT / "reports" / "standin" / f"{name}.ipynb"
+    assert list(checks.order_problems(checks.Run(name, place, executed))) == []
+    assert not [output for output in outputs(executed) if output.output_type == "error"]
     stored = load_results(folder / "results" / f"{name}.json")
-    assert (
-        stored["profile"] == "smoke"
-        and stored["data_source"] == "stand-in"
-        and stored["standin"] is True
-    )
+    kind = {"profile": "smoke", "data_source": "stand-in", "standin": True}
+    kind["fingerprint"] = stored["fingerprint"]
+    assert {key: stored[key] for key in kind} == kind
+    assert executed.metadata["hw3"] == notebooks.about(executed) == kind
+    page = (folder / f"{name}.html").read_text(encoding="utf-8")
+    assert STANDIN_MARK in page and 'class="omitted"' not in page
+    assert "filled in at the end of this run" not in page, "the answers stand at the top"
+    alts = [
+        o.metadata["image/png"]["alt"]
+        for o in outputs(executed)
+        if "image/png" in o.get("data", {})
+    ]
+    theory = "".join(path.read_text(encoding="utf-8") for path in (project / "theory").glob("*.md"))
+    measured = [alt for alt in alts if f"![{alt}]" not in theory]
+    assert measured and all(STANDIN_MARK in alt for alt in measured)
     assert f"{name}: cell" in done.stderr and "epoch 1 of 2" in done.stderr, (
         "the bar shows notebook, cell and epoch"
     )
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", notebooks.names())
 def test_a_standin_run_touches_neither_notebook_nor_real_results(smoke, name):
     project, _ = smoke
-    assert (project / "notebooks" / f"{name}.ipynb").read_bytes() == (
-        ROOT / "notebooks" / f"{name}.ipynb"
-    ).read_bytes()
+    path = Path("notebooks", f"{name}.ipynb")
+    assert (project / path).read_bytes() == (ROOT / path).read_bytes()
     assert not (project / "reports" / f"{name}.html").exists()
     for path in (ROOT / "reports" / "results").iterdir():
         assert (project / "reports" / "results" / path.name).read_bytes() == path.read_bytes()
 
 
-def test_transfer_learning_shows_the_numbers_it_stored(smoke):
-    folder = smoke[0] / "reports" / "standin"
-    executed = nbformat.read(folder / "transfer_learning.ipynb", as_version=4)
-    check_numbers(executed, load_results(folder / "results" / "transfer_learning.json"))
-    assert {path.stem for path in (folder / "models").glob("transfer_learning_*")} == {
-        f"transfer_learning_{m}" for m in METHODS
-    }
-
-
-# --- the runner
+# --- the runner, on notebooks that a test writes
 
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """A project whose notebooks a test writes itself."""
-    monkeypatch.setattr(notebooks, "FOLDER", tmp_path)
+    """An empty project; gives a function that writes a notebook of (source, *tags) cells."""
+    for module in (run, results, settings):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(notebooks, "FOLDER", tmp_path / "notebooks")
+    monkeypatch.setattr(run, "theory_to_html", lambda out: None)
+    notebooks.FOLDER.mkdir()
 
     def write(name, *cells):
         nb = nbformat.v4.new_notebook()
         for source, *tags in cells:
             nb.cells.append(nbformat.v4.new_code_cell(source, metadata={"tags": tags}))
-        nbformat.write(nb, tmp_path / f"{name}.ipynb")
+        nbformat.write(nb, notebooks.FOLDER / f"{name}.ipynb")
 
     return write
 
 
-def test_a_failing_cell_is_named(project, tmp_path, capsys):
-    project("broken", ["x = 1"], ["1 / 0"], ["never = True"])
-    before = (tmp_path / "broken.ipynb").read_bytes()
-    with pytest.raises(
-        ProjectError, match="broken, cell 1 failed: ZeroDivisionError: division by zero"
-    ):
+def about(**values):
+    """A cell that says of its run what `session.start` says."""
+    kind = {"profile": "cpu", "data_source": "data/", "standin": False, "fingerprint": "1"} | values
+    return [f"from IPython.display import display\ndisplay('x', metadata={{'hw3': {kind}}})"]
+
+
+def test_a_failing_cell_is_named_and_what_ran_before_it_is_kept(project, tmp_path, capsys):
+    project("broken", ["print('an hour')"], ["1 / 0"], ["never = True"])
+    before = (notebooks.FOLDER / "broken.ipynb").read_bytes()
+    message = "broken, cell 2 failed: ZeroDivisionError: division by zero. What ran before is in "
+    with pytest.raises(ProjectError, match=message + "reports/unfinished/broken.ipynb"):
         run.run("broken", tmp_path)
-    assert (tmp_path / "broken.ipynb").read_bytes() == before
+    assert (notebooks.FOLDER / "broken.ipynb").read_bytes() == before
+    kept = nbformat.read(tmp_path / "reports" / "unfinished" / "broken.ipynb", as_version=4)
+    assert [o.output_type for o in outputs(kept)] == ["stream", "error"]
     assert "1 / 0" in capsys.readouterr().err
 
 
-def test_outputs_of_one_notebook_are_no_changes_to_the_next(project, tmp_path):
-    for part in ("src", "tools"):
-        shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
-    for name, source in {"a": "", "b": "", "c": "1 / 0\n"}.items():
-        project(
-            name,
-            [
-                source
-                + "import sys; sys.path.insert(0, '..')\nfrom src.results import commit\nprint(commit())"
-            ],
-        )
+def test_what_has_run_is_kept_whatever_fails_later(project, tmp_path, capsys):
+    project("a", about(), ["import matplotlib.pyplot as plt; plt.plot([1, 2]); plt.show()"])
+    project("b", ["1 / 0"])
+    project("c", about(), ["print('after the failure')"])
+    assert run.main([]) == 1
+    out, err = capsys.readouterr()
+    assert "a.ipynb, cell 2: a picture without alt text" in out
+    assert "Error: b, cell 1 failed" in err and err.rstrip().endswith("All else is written.")
+    for name in "ac":
+        assert outputs(notebooks.read(name))
+        assert (tmp_path / "reports" / f"{name}.html").is_file()
+    assert not (tmp_path / "reports" / "b.html").exists()
+
+
+def test_a_page_that_cannot_be_made_costs_no_outputs(project, tmp_path, capsys):
+    project("a", about(), ["print(1)"])
+    notebook = notebooks.read("a")
+    notebook.cells.append(nbformat.v4.new_markdown_cell("![](figure.png)"))
+    nbformat.write(notebook, notebooks.FOLDER / "a.ipynb")
+    assert run.main(["a"]) == 1
+    assert "Error: a.ipynb, cell 3: the image figure.png does not exist" in capsys.readouterr().err
+    assert len(outputs(notebooks.read("a"))) == 2
+
+
+@pytest.mark.parametrize(
+    "kind, notebook, page",
+    [
+        ({}, "notebooks", "reports"),
+        ({"profile": "gpu_full"}, "notebooks", "reports"),
+        ({"profile": "demo"}, "reports/demo", "reports/demo"),
+        ({"profile": "demo", "standin": True}, "reports/standin", "reports/standin"),
+        ({"profile": "smoke"}, "reports/standin", "reports/standin"),
+    ],
+)
+def test_where_a_run_goes(project, tmp_path, kind, notebook, page):
+    project("a", about(**kind))
+    before = (notebooks.FOLDER / "a.ipynb").read_bytes()
+    assert run.main(["a"]) == 0
+    written = nbformat.read(tmp_path / notebook / "a.ipynb", as_version=4)
+    assert written.metadata["hw3"]["profile"] == kind.get("profile", "cpu")
+    assert (tmp_path / page / "a.html").is_file()
+    assert ((notebooks.FOLDER / "a.ipynb").read_bytes() == before) == (notebook != "notebooks")
+    assert not (tmp_path / "reports" / "unfinished").exists()
+
+
+def test_a_smoke_run_of_a_notebook_that_says_nothing_leaves_it_alone(project, monkeypatch):
+    monkeypatch.setenv("HW3_PROFILE", "smoke ")
+    project("a", ["print(1)"])
+    assert run.main(["a"]) == 0 and not outputs(notebooks.read("a"))
+
+
+def test_a_killed_run_keeps_what_ran(tmp_path):
+    copy_project(tmp_path, "src", "tools")
     (tmp_path / "notebooks").mkdir()
-    for path in tmp_path.glob("*.ipynb"):
-        path.rename(tmp_path / "notebooks" / path.name)
+    cells = [nbformat.v4.new_code_cell(x) for x in ("print('kept')", "import time; time.sleep(99)")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "notebooks" / "a.ipynb")
+    kept = tmp_path / "reports" / "unfinished" / "a.ipynb"
+    with subprocess.Popen(**command(tmp_path)) as process:
+        try:
+            for _ in range(600):
+                if kept.is_file() or process.poll() is not None:
+                    break
+                time.sleep(0.1)
+        finally:
+            process.send_signal(signal.SIGKILL)
+    assert [o.text for o in outputs(nbformat.read(kept, as_version=4))] == ["kept\n"]
 
-    def git(*words):
-        words = ("git", "-c", "user.name=A", "-c", "user.email=a@b.c", *words)
-        return subprocess.run(
-            words, cwd=tmp_path, check=True, capture_output=True, text=True
-        ).stdout.strip()
 
-    def run_all():
-        return subprocess.run(
-            [sys.executable, "-m", "tools.run"], cwd=tmp_path, capture_output=True, text=True
-        )
+@pytest.mark.parametrize(
+    "words, environment, message",
+    [
+        (["nosuch"], {}, "Error: There is no notebook 'nosuch'; there are: a."),
+        ([], {"HW3_PROFILE": "smok"}, "Error: HW3_PROFILE='smok' is not one of"),
+    ],
+)
+def test_what_cannot_run_is_one_line_before_anything_runs(
+    project, monkeypatch, capsys, words, environment, message
+):
+    project("a", ["print(1)"])
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert run.main(words) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(message) and error.count("\n") == 1
 
-    def printed():
-        return [
-            outputs(nbformat.read(tmp_path / "notebooks" / f"{name}.ipynb", as_version=4))
-            for name in "abc"
-        ]
 
-    git("init", "-q")
-    git("add", ".")
-    git("commit", "-qm", "Toys")
-    done = run_all()
-    assert done.returncode == 1 and "Error: c, cell 0 failed" in done.stderr
-    assert "changes since the last commit" not in done.stdout
-    head = git("rev-parse", "HEAD") + "\n"
-    a, b, c = printed()
-    assert [o.text for o in a] == [o.text for o in b] == [head] and not c, (
-        "what ran before the failing one is kept"
+def test_a_kernelspec_that_leads_elsewhere_does_not_matter(project, tmp_path, monkeypatch):
+    spec = tmp_path / "kernels" / "python3"
+    spec.mkdir(parents=True)
+    broken = {"argv": ["/nowhere/python", "-f", "{connection_file}"], "display_name": "Gone"}
+    (spec / "kernel.json").write_text(json.dumps(broken | {"language": "python"}))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    project("a", ["import sys; print(sys.executable)"])
+    notebook = notebooks.read("a")
+    notebook.metadata["kernelspec"] = {"name": "removed-environment", "display_name": "Gone"}
+    nbformat.write(notebook, notebooks.FOLDER / "a.ipynb")
+    assert [o.text.strip() for o in outputs(run.run("a"))] == [sys.executable]
+
+
+def test_an_environment_without_a_kernel_is_one_line(project, monkeypatch):
+    project("a", ["1"])
+    monkeypatch.setattr(
+        run, "get_kernel_dict", lambda _: {"argv": [sys.executable, "-c", "exit(3)"]}
     )
-    assert "changes since the last commit" in run_all().stdout, "told before the run, not after it"
-    assert [o.text for o in printed()[0]] == [head.strip() + "+changes\n"]
+    with pytest.raises(ProjectError, match="a, no kernel .* pip install ipykernel"):
+        run.run("a")
 
 
-def test_progress_bars_are_shown_but_not_stored(project, tmp_path, capsys):
-    bar = "from tqdm import tqdm\nfor _ in tqdm(range(3), desc='toy: epoch 1 of 1', leave=False): pass\nprint('done')"
+def test_an_output_that_is_updated_shows_its_last_state(project):
+    project(
+        "a",
+        ["from IPython.display import Markdown, display"],
+        ["h = display(Markdown('?'), display_id=True)"],
+        ["h.update(Markdown('42'), metadata={'voice': 'measured'})"],
+    )
+    (output,) = outputs(run.run("a"))
+    assert output.data["text/markdown"] == "42" and output.metadata == {"voice": "measured"}
+
+
+def test_progress_bars_are_shown_but_not_stored(project, capsys):
+    bar = (
+        "from tqdm import tqdm\n"
+        "for _ in tqdm(range(3), desc='toy: epoch 1 of 1', leave=False): pass\nprint('done')"
+    )
     project("bar", [bar])
-    (cell,) = run.run("bar", tmp_path).cells
+    (cell,) = run.run("bar").cells
     assert [output.text for output in cell.outputs] == ["done\n"]
     assert "toy: epoch 1 of 1" in capsys.readouterr().err
+
+
+def test_text_that_utf8_cannot_hold_is_written_all_the_same(project, tmp_path):
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("a \ud800")])
+    notebooks.write(notebook, tmp_path / "a.ipynb")
+    assert nbformat.read(tmp_path / "a.ipynb", as_version=4).cells[0].source == "a ?"
+
+
+# --- reading notebooks
 
 
 def test_definitions_are_the_tagged_cells_only(project):
@@ -267,19 +292,17 @@ def test_definitions_are_the_tagged_cells_only(project):
 )
 def test_a_tagged_cell_may_only_define(project, source):
     project("toy", [source, "define"])
-    with pytest.raises(
-        ProjectError, match="toy, cell 0, line .: a cell tagged `define` may only define"
-    ):
+    with pytest.raises(ProjectError, match="toy, cell 1, line .: a cell tagged `define` may only"):
         notebooks.definitions("toy")
 
 
-def test_unknown_and_broken_notebooks(project, tmp_path):
+@pytest.mark.parametrize("text", ['{"cells": [', "[]", "null", "{}", '{"nbformat": 4}', "\0"])
+def test_what_is_not_a_notebook_is_one_line(project, text):
     project("toy", ["x = 1"])
-    with pytest.raises(ProjectError, match="no notebook 'toi'; there are: toy"):
-        notebooks.read("toi")
-    (tmp_path / "half.ipynb").write_text('{"cells": [')
-    with pytest.raises(ProjectError, match="half.ipynb is not a readable notebook"):
+    (notebooks.FOLDER / "half.ipynb").write_text(text)
+    with pytest.raises(ProjectError, match="half.ipynb is not a readable notebook") as error:
         notebooks.read("half")
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("where", ["project", "notebooks", "elsewhere, with HW3_ROOT", "elsewhere"])
@@ -301,171 +324,6 @@ def test_the_first_cell_finds_the_project(where, tmp_path):
         text=True,
     )
     if where == "elsewhere":
-        assert done.returncode and "set HW3_ROOT to it, or start Jupyter inside it" in done.stderr
+        assert done.returncode and "set HW3_ROOT to it" in done.stderr
     else:
         assert done.stdout.strip() == str(ROOT), done.stderr
-
-
-# --- what is committed
-
-
-@pytest.fixture(params=names())
-def committed(request):
-    path = ROOT / "notebooks" / f"{request.param}.ipynb"
-    return (
-        path,
-        nbformat.read(path, as_version=4),
-        load_results(ROOT / "reports" / "results" / f"{request.param}.json"),
-    )
-
-
-def test_committed_notebooks_were_run_on_the_real_data(committed):
-    path, notebook, stored = committed
-    check_order(notebook)
-    assert not run.is_standin(notebook)
-    assert (
-        stored["profile"] == "cpu"
-        and stored["standin"] is False
-        and not stored["commit"].endswith("+changes")
-    )
-    assert path.stat().st_size < 6_000_000
-
-
-def test_the_readme_tells_how_long_it_took(committed):
-    _, _, stored = committed
-    assert f"{stored['seconds'] / 60:.1f} minutes on {stored['machine']}" in (
-        ROOT / "README.md"
-    ).read_text(encoding="utf-8")
-
-
-def test_committed_outputs_show_no_machine_path(committed):
-    text = json.dumps(
-        [
-            dict(output)
-            for output in outputs(committed[1])
-            if "image/png" not in output.get("data", {})
-        ]
-    )
-    assert not re.search(r"/(work|root|tmp|home|Users)/", text)
-
-
-def source_digest(*paths):
-    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
-
-
-def test_committed_pages_come_from_the_committed_notebooks(committed):
-    path, notebook, _ = committed
-    page = (ROOT / "reports" / f"{path.stem}.html").read_text(encoding="utf-8")
-    assert f'<meta name="source-sha256" content="{source_digest(path)}">' in page
-    assert all(html.escape(alt) in page for alt in alt_texts(notebook))
-
-
-def test_committed_theory_page_comes_from_the_committed_answers():
-    page = (ROOT / "reports" / "theory.html").read_text(encoding="utf-8")
-    assert source_digest(*sorted((ROOT / "theory").glob("[0-9]*.md"))) in page
-
-
-def test_committed_transfer_learning_shows_its_numbers_and_meets_its_bars():
-    notebook = nbformat.read(ROOT / "notebooks" / "transfer_learning.ipynb", as_version=4)
-    stored = load_results(ROOT / "reports" / "results" / "transfer_learning.json")
-    check_numbers(notebook, stored)
-    assert stored["seconds"] <= 1800
-    for method in METHODS:
-        assert stored["metrics"][f"{method}.test_accuracy"]["value"] >= 0.992
-
-
-def test_committed_change_detection_shows_its_numbers_and_meets_its_bars():
-    notebook = nbformat.read(ROOT / "notebooks" / "detect_change.ipynb", as_version=4)
-    stored = load_results(ROOT / "reports" / "results" / "detect_change.json")
-    metrics = stored["metrics"]
-    text = "\n".join(
-        o.data["text/markdown"] for o in outputs(notebook) if "text/markdown" in o.get("data", {})
-    )
-    for prefix in (
-        "test",
-        "test.network",
-        "test.classical",
-        "subtle",
-        "subtle.network",
-        "subtle.classical",
-    ):
-        value = {
-            key: metrics[f"{prefix}.{key}"]["value"]
-            for key in ("per_label_accuracy", "exact_match", "false_alarm_rate")
-        }
-        assert "| " + " | ".join(f"{number:.2%}" for number in value.values()) + " |" in text, (
-            prefix
-        )
-    kept = load_results(ROOT / "reports" / "results" / "detect_change_other_machine.json")
-    assert kept["config"] == stored["config"] and kept["seeds"] == stored["seeds"], (
-        "shown side by side, they must be comparable"
-    )
-    for i in range(5):
-        here, there = (
-            [
-                run["metrics"][f"ablation_{i}.{key}"]["value"]
-                for key in ("val_estimate_loss", "val_accuracy")
-            ]
-            for run in (stored, kept)
-        )
-        assert (
-            f"| {here[0]:.4f} | {here[1]:.2%} | " in text
-            and f" min | {there[0]:.4f} | {100 * there[1]:.2f} % |" in text
-        )
-    for prefix in ("test", "subtle"):
-        for key in (
-            "displacement_error_px",
-            "rotation_error_deg",
-            "scale_error_pct",
-            "network_loss",
-        ):
-            low, high = metrics[f"{prefix}.{key}"]["ci95"]
-            assert low < metrics[f"{prefix}.{key}"]["value"] < high, key
-    assert stored["seconds"] <= 2400
-    assert metrics["test.exact_match"]["n"] >= 2000 and metrics["subtle.exact_match"]["n"] >= 2000
-    assert (
-        metrics["test.per_label_accuracy"]["value"] >= 0.992
-        and metrics["test.exact_match"]["value"] >= 0.975
-    )
-    assert metrics["test.false_alarm_rate"]["value"] <= 0.02
-    assert metrics["subtle.per_label_accuracy"]["value"] >= 0.9
-    for name in ("second_image", "sharpness_among_changed"):
-        for change in ("displacement", "rotation"):
-            low, high = metrics[f"giveaway.{name}.{change}"]["ci95"]
-            assert low <= 0.5 <= high, "nothing but the change itself may tell it"
-
-
-def test_committed_deformable_convolution_shows_its_numbers():
-    notebook = nbformat.read(ROOT / "notebooks" / "deformable_convolution.ipynb", as_version=4)
-    stored = load_results(ROOT / "reports" / "results" / "deformable_convolution.json")
-    metrics = stored["metrics"]
-    text = "\n".join(
-        o.data["text/markdown"] for o in outputs(notebook) if "text/markdown" in o.get("data", {})
-    )
-    variants = notebooks.definitions("deformable_convolution").VARIANTS
-    assert len(variants) >= 10 and len(stored["seeds"]) >= 3 and stored["seconds"] <= 1800
-    for key, variant in variants.items():
-        shown = []
-        for name, scale in (("accuracy", 100), ("mask_iou", 100), ("loss", 1)):
-            for role in ("train", "test"):
-                metric = metrics[f"{key}.{role}_{name}"]
-                half = scale * (metric["ci95"][1] - metric["ci95"][0]) / 2
-                digits = 1 if scale == 100 else 2
-                shown.append(f"{scale * metric['value']:.{digits}f} ± {half:.{digits}f}")
-                assert metric["n"] == len(stored["seeds"])
-        assert f"| {variant.title} | " + " | ".join(shown) + " |" in text, key
-    assert metrics["zero.test_accuracy"]["value"] == pytest.approx(
-        metrics["plain.test_accuracy"]["value"], abs=0.03
-    )
-    for name in (
-        "plain.test_accuracy",
-        "deformable.test_accuracy",
-        "plain.test_mask_iou",
-        "deformable.test_mask_iou",
-        "rotation_gain",
-        "mask_iou_gain",
-    ):
-        assert metrics[name]["ci95"][0] <= metrics[name]["value"] <= metrics[name]["ci95"][1], name
-    assert metrics["deformable.test_mask_iou"]["value"] - metrics["plain.test_mask_iou"][
-        "value"
-    ] == pytest.approx(metrics["mask_iou_gain"]["value"])

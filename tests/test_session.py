@@ -135,9 +135,17 @@ def run(monkeypatch, tmp_path):
 
 @pytest.fixture
 def shown(monkeypatch):
-    outputs = []
+    class Outputs(list):
+        about: list
+
+    def display(output, metadata=None, **_):
+        outputs.append(output)
+        outputs.about.append(metadata or {})
+
+    outputs = Outputs()
+    outputs.about = []
     for module in (session, plotting):
-        monkeypatch.setattr(module, "display", lambda x, **_: outputs.append(x))
+        monkeypatch.setattr(module, "display", display)
     return outputs
 
 
@@ -151,7 +159,8 @@ def test_figures_and_tables_are_numbered(run, shown):
     run.show(figure(), "One.", "A line.")
     run.show(figure(), "Two.", "A line.")
     run.table(["a"], [[1]], "Numbers.")
-    assert shown[0].alt == "A line."
+    assert [about.get("image/png") for about in shown.about][0] == {"alt": "A line."}
+    assert shown.about[-1] == {"voice": "measured"}
     captions = [output.data for output in (shown[1], shown[3], shown[4])]
     assert captions[:2] == ["**Figure 1.** One.", "**Figure 2.** Two."]
     assert captions[2].startswith("**Table 1.** Numbers.\n\n|")
@@ -164,7 +173,8 @@ def test_figures_and_tables_are_numbered(run, shown):
 
 def test_answers_are_completed_from_the_stored_results(run, monkeypatch):
     class Handle:
-        def update(self, output):
+        def update(self, output, metadata):
+            assert metadata == {"voice": "measured"}
             self.text = output.data
 
     handle, first = Handle(), []

@@ -5,6 +5,7 @@ the stand-in into `reports/standin/`, a demonstration on real data into `reports
 """
 
 import argparse
+import atexit
 import contextlib
 import re
 import sys
@@ -92,6 +93,7 @@ def run(name: str, folder: Path | None = None) -> nbformat.NotebookNode:
         except DeadKernelError:
             failed = "the kernel died (out of memory?)."
         except RuntimeError as error:  # it did not start
+            atexit.unregister(client._cleanup_kernel)  # which would fail, too
             failed = f"no kernel in {sys.prefix} ({error}): pip install ipykernel"
         else:
             unfinished.unlink(missing_ok=True)

@@ -5,7 +5,7 @@ import re
 from xml.etree import ElementTree
 
 import mistune
-from latex2mathml.converter import Converter
+from latex2mathml.converter import convert_to_element
 
 from src import ProjectError
 
@@ -71,7 +71,7 @@ def mathml(tex: str, display: bool) -> str:
         raise ValueError("unbalanced braces")
     for pattern, replacement in _SPELLINGS:
         tex = re.sub(pattern, replacement, tex)
-    tree = Converter(display="block" if display else "inline").convert_to_element(tex)
+    tree = convert_to_element(tex, display="block" if display else "inline")
     for node in tree.iter():
         text = html.unescape(node.text or "")
         node.text = text = re.sub(r"\\([$%&#_{}])", r"\1", text) if node.tag == "mtext" else text

@@ -28,12 +28,18 @@ _REQUESTING = {"src", "srcset", "data", "poster", "background", "href", "xlink:h
 _LOADING_CSS = re.compile(r"@import|url\(\s*['\"]?(?!data:|#)", re.I)
 _SCHEME = re.compile(r"[a-z][a-z+.-]*:|//", re.I)
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
+_FORMULA = r'[(\[]*<math [^>]*"inline">.*?</math>[^\s<]*'
+_NAME = r"\b[A-Z]-[A-Z]\w+(?![^<]*>)"  # such as U-Net
+_SIZE = r"(?<=\d) ([×→]) (?=\d)"
+_FIGURE = r"<p>(<img [^>]*>)</p>\s*<p><em>(Figure .+?)</em></p>"  # an image, its caption below
+_FIGURE_HTML = r"<figure>\1<figcaption><p>\2</p></figcaption></figure>"
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="source-sha256" content="{source}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'">
+ content="default-src 'none'; img-src data:; font-src data:; media-src data:;
+ style-src 'unsafe-inline'">
 <link rel="icon" href="data:,">
 <style>
 {style}</style></head>
@@ -87,9 +93,11 @@ class Page(mistune.HTMLRenderer):
         self.markdown = mistune.create_markdown(renderer=self, plugins=plugins)
 
     def prose(self, text: str) -> str:
-        """Render Markdown; a formula in a line stays together with the punctuation at its ends."""
-        formula = r'[(\[]*<math [^>]*"inline">.*?</math>[^\s<]*'
-        return self.checked(re.sub(formula, r'<span class="tex">\g<0></span>', self.markdown(text)))
+        """Render Markdown; formulas with their punctuation, and sizes, stay in one line."""
+        page = re.sub(_FORMULA, r'<span class="tex">\g<0></span>', self.markdown(text))
+        page = re.sub(_NAME, r'<span class="tex">\g<0></span>', page)
+        page = re.sub(_SIZE, "\u00a0\\1\u00a0", page)
+        return self.checked(re.sub(_FIGURE, _FIGURE_HTML, page))
 
     def checked(self, fragment: str) -> str:
         """Embed the files that HTML names, point its links to pages, and close its tags.
@@ -148,7 +156,7 @@ class Page(mistune.HTMLRenderer):
             return f"#{self.prefix}{fragment}"
         if name.suffix == ".ipynb":
             return f"{name.stem}.html" + f"#{fragment}" * bool(fragment)
-        if name.suffix == ".md" and name.name[0].isdigit():  # a part of the theory
+        if re.fullmatch(r"(\d.*|SOURCES)\.md", name.name):  # a part of the theory
             anchor = name.stem + f"-{fragment}" * bool(fragment)
             if self.kind == "theory":
                 self.links.append((self.place, anchor))
@@ -201,13 +209,15 @@ class Page(mistune.HTMLRenderer):
             nav=nav,
             body=body,
         )
-        self.out.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self.out, _UNPRINTABLE.sub("", page).encode())
 
 
 def _style() -> str:
-    """Read `page.css` and add Pygments' colours for light (also paper) and dark."""
-    css = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+    """Read `page.css`, add the formulas' font and Pygments' colours for light (paper) and dark."""
+    folder = Path(__file__).parent
+    font = data_uri("font/woff2", (folder / "font" / "math.woff2").read_bytes())
+    css = f'@font-face {{ font-family: "Coursework Math"; src: url({font}); }}\n'
+    css += (folder / "page.css").read_text(encoding="utf-8")
     for media, style in (
         ("print, (prefers-color-scheme: light)", "xcode"),
         ("screen and (prefers-color-scheme: dark)", "one-dark"),

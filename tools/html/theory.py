@@ -11,16 +11,20 @@ from tools.html.page import Page
 
 
 def parts() -> list[Path]:
-    """List the files of the theory in order."""
-    return sorted((ROOT / "theory").glob("[0-9]*.md"))
+    """List the files of the theory in order: the first page, the answers, the sources."""
+    folder = ROOT / "theory"
+    return sorted(folder.glob("[0-9]*.md")) + sorted(folder.glob("SOURCES.md"))
 
 
-def theory_to_html(out: Path, files: list[Path] | None = None) -> None:
+def theory_to_html(
+    out: Path, files: list[Path] | None = None, texts: dict[str, str] | None = None
+) -> None:
     """Write all parts of the theory as one HTML page with a table of contents.
 
     Args:
         out: The file to write.
-        files: The parts in order; by default `theory/[0-9]*.md`.
+        files: The parts in order; by default `theory/[0-9]*.md`, then `theory/SOURCES.md`.
+        texts: Texts that replace those of the files, by name, such as a filled-in first page.
 
     Raises:
         ProjectError: As `notebook_to_html`, naming the part; or there is no part.
@@ -30,18 +34,26 @@ def theory_to_html(out: Path, files: list[Path] | None = None) -> None:
         raise ProjectError(
             f"no theory to show: {ROOT / 'theory'} holds no file named like 1_name.md"
         )
-    page, body = Page("theory", files[0].resolve().parent, out, level=1), "<h1>Theory</h1>\n"
+    page, body = (
+        Page("theory", files[0].resolve().parent, out, level=1),
+        "<h1>Theory answers</h1>\n",
+    )
     for file in files:
         page.place, page.folder, page.prefix = file.name, file.resolve().parent, f"{file.stem}-"
         page.level = 1
         page.ids.add(file.stem)
-        text = page.prose(file.read_text(encoding="utf-8"))
+        text = (texts or {}).get(file.name) or file.read_text(encoding="utf-8")
+        text = page.prose(text)
         body += f'<section id="{file.stem}" class="prose">\n{text}</section>\n'
     page.write("Theory", body, *files)
 
 
-def theory_images(folder: Path) -> list[Path]:
+def theory_images(folder: Path, texts: dict[str, str] | None = None) -> list[Path]:
     """Write the theory as `theory.pdf` and, page by page, as `theory-page-NN.png` (A4, 150 dpi).
+
+    Args:
+        folder: Where to write.
+        texts: As in `theory_to_html`.
 
     Raises:
         ProjectError: No Chromium is installed, or no pdftoppm to draw the PDF's pages.
@@ -50,7 +62,7 @@ def theory_images(folder: Path) -> list[Path]:
     pdf = folder / "theory.pdf"
     with tempfile.TemporaryDirectory() as scratch:
         page = Path(scratch, "theory.html")
-        theory_to_html(page)
+        theory_to_html(page, texts=texts)
         folder.mkdir(parents=True, exist_ok=True)
         run_chromium("--no-pdf-header-footer", f"--print-to-pdf={pdf}", page.as_uri())
     if shutil.which("pdftoppm") is None:

@@ -25,6 +25,7 @@ FILES = (
 )
 MODEL_LIMIT = 8 * 2**20  # bytes; larger models are left out and named
 _STUDENTS_LINE = re.compile(r"^\*To be filled in by the student\b[^\n]*$", re.M)
+_COVER_LINE = r"^\| {} \| \*filled in by [^|]*\|$"
 
 
 def build(name: str, number: str, collaborators: str = "", allow_standin: bool = False) -> Path:
@@ -46,7 +47,7 @@ def build(name: str, number: str, collaborators: str = "", allow_standin: bool =
     stored = map(load_results, checks.results_of(runs))
     marked = any(run.standin for run in runs) or any(map(checks.is_standin, stored))
     path = ROOT / f"{stem(name, number, marked)}.zip"
-    files = collect(runs, sources)
+    files = collect(runs, {"SOURCES.md": sources} | first_page(name, number))
     with replacing(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as zip:
         for file, data in sorted(files.items()):
             zip.writestr(f"{path.stem}/{file}", data)
@@ -113,8 +114,25 @@ def sources_page(collaborators: str) -> str:
     return filled
 
 
-def collect(runs: list[Run], sources: str) -> dict[str, bytes]:
-    """Gather all that is handed in, by its path in the project, and the `MANIFEST` of it."""
+def first_page(name: str, number: str) -> dict[str, str]:
+    """Give the theory's first page with the student's name and number, by the file's name."""
+    path = ROOT / "theory" / "0_answers.md"
+    if not path.is_file():
+        return {}
+    text = path.read_text(encoding="utf-8")
+    for label, value in (("Student", name), ("Student number", number)):
+        line = f"| {label} | {value.strip()} |"
+        text = re.sub(_COVER_LINE.format(label), lambda _, line=line: line, text, flags=re.M)
+    return {path.name: text}
+
+
+def collect(runs: list[Run], texts: dict[str, str]) -> dict[str, bytes]:
+    """Gather all that is handed in, by its path in the project, and the `MANIFEST` of it.
+
+    Args:
+        runs: The notebooks' runs.
+        texts: Files of the theory that are filled in, by name.
+    """
     paths = [path for folder in FOLDERS for path in _files(ROOT / folder)]
     paths += [ROOT / file for file in FILES if (ROOT / file).is_file()]
     for result in checks.results_of(runs):
@@ -129,9 +147,9 @@ def collect(runs: list[Run], sources: str) -> dict[str, bytes]:
                 print(f"{relative(model)} is left out: over {limit} MB; its notebook makes it.")
     files = {relative(path): path.read_bytes() for path in paths}
     files |= {f"notebooks/{run.name}.ipynb": run.path.read_bytes() for run in runs}
-    files["theory/SOURCES.md"] = sources.encode()
+    files |= {f"theory/{file}": text.encode() for file, text in texts.items()}
     with tempfile.TemporaryDirectory() as scratch:
-        files |= _theory(Path(scratch))
+        files |= _theory(Path(scratch), texts)
     return files | {"MANIFEST": manifest(files)}
 
 
@@ -146,12 +164,14 @@ def _files(folder: Path) -> list[Path]:
     ]
 
 
-def _theory(scratch: Path) -> dict[str, bytes]:
+def _theory(scratch: Path, texts: dict[str, str]) -> dict[str, bytes]:
     """Make the theory's page, and its PDF and page images where a browser is installed."""
-    theory_to_html(scratch / "theory.html", sorted((ROOT / "theory").glob("[0-9]*.md")))
+    folder = ROOT / "theory"
+    parts = [*sorted(folder.glob("[0-9]*.md")), folder / "SOURCES.md"]
+    theory_to_html(scratch / "theory.html", parts, texts)
     files, images = {"reports/theory.html": (scratch / "theory.html").read_bytes()}, scratch / "im"
     try:
-        theory_images(images)
+        theory_images(images, texts)
     except ProjectError as error:
         print(f"The theory goes without page images: {error}.")
         if not (images / "theory.pdf").is_file():

@@ -263,7 +263,7 @@ def markdown_blocks(text: str, place: str, level: int = 0) -> list[Block]:
         level: Of the heading that it stands under.
     """
     blocks = []
-    for token in mistune.create_markdown(renderer="ast")(text):
+    for token in mistune.create_markdown(renderer=None)(text):
         kind = {"heading": "heading", "block_quote": "quote"}.get(token["type"], "text")
         if kind == "heading":
             level = token["attrs"]["level"]

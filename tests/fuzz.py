@@ -1,0 +1,227 @@
+"""Throw damaged input at the readers: `python -m tests.fuzz [seed]`, or `make fuzz`.
+
+Every input is a good file with something wrong in it. A reader may take it or raise a ProjectError;
+anything else is a fault: another exception, a crash, a wrong result, too much memory.
+"""
+
+import contextlib
+import copy
+import faulthandler
+import io
+import json
+import random
+import resource
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from pycocotools import mask as pymask
+
+from src import ProjectError, data, datasets
+
+GIGABYTES = 2  # of memory at most
+SECONDS = 120
+STRANGE = [
+    *(None, True, [], {}, "", "x", "\0", "é" * 300, "../../etc/passwd", [[]], [None], {"id": 1}),
+    *(0, -1, 1, 7, 10**6, 10**9, 2**31, 2**63, 10**400, 0.5, -0.0, 1e9, 1e308),
+    *(float("nan"), float("inf"), -float("inf")),
+]
+
+
+def damaged(rng: random.Random, content: bytes) -> bytes:
+    """The bytes with some of them changed, cut, repeated or put in."""
+    changed = bytearray(content)
+    for _ in range(rng.choice([1, 1, 2, 5, 30])):
+        start = rng.randrange(len(changed) + 1)
+        stop = min(len(changed), start + rng.choice([1, 1, 2, 4, 16, 200]))
+        changed[start:stop] = rng.choice(
+            [
+                rng.randbytes(stop - start),
+                b"",
+                bytes(changed[start:stop] * 2),
+                bytes([rng.choice([0, 0xFF, 0x7F, 0x80])]) * (stop - start),
+            ]
+        )
+    return bytes(changed[: rng.randrange(len(changed) + 1)] if rng.random() < 0.1 else changed)
+
+
+def disturbed(rng: random.Random, value: object) -> object:
+    """A copy of a JSON value with some of its parts exchanged for strange ones."""
+    value = copy.deepcopy(value)
+    for _ in range(rng.choice([1, 1, 1, 2, 4])):
+        parent, part = None, value
+        while isinstance(part, (dict, list)) and part and (parent is None or rng.random() < 0.85):
+            key = rng.choice(list(part) if isinstance(part, dict) else range(len(part)))
+            parent, part = part, part[key]
+        if parent is None:
+            return rng.choice(STRANGE)
+        what = rng.random()
+        if what < 0.15:
+            del parent[key]
+        elif what < 0.25 and isinstance(parent, list):
+            parent.append(copy.deepcopy(part))
+        else:
+            parent[key] = copy.deepcopy(rng.choice(STRANGE))
+    return value
+
+
+# --- images --------------------------------------------------------------------------------------
+def image_files(rng: random.Random) -> list[tuple[str, bytes]]:
+    """Small images of every kind that the readers meet."""
+    pixels = np.frombuffer(rng.randbytes(32 * 32 * 4), np.uint8).reshape(32, 32, 4)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    deep = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
+    colour, files = Image.fromarray(pixels[..., :3]), []
+    for image, kind, options in (
+        (colour, "JPEG", {"exif": exif}),
+        (colour, "JPEG", {"progressive": True}),
+        (colour.convert("CMYK"), "JPEG", {}),
+        (colour.convert("L"), "JPEG", {}),
+        (colour, "PNG", {"exif": exif}),
+        (Image.fromarray(pixels), "PNG", {}),
+        (colour.convert("P"), "PNG", {"transparency": 3}),
+        (colour.convert("1"), "PNG", {}),
+        (deep, "PNG", {}),
+        (deep, "TIFF", {}),
+        (colour, "GIF", {}),
+        (colour, "WEBP", {}),
+        (colour, "BMP", {}),
+    ):
+        buffer = io.BytesIO()
+        image.save(buffer, kind, **options)
+        files.append((".jpg" if kind == "JPEG" else ".png", buffer.getvalue()))
+    return files
+
+
+def images(rng: random.Random, folder: Path) -> Callable[[], None]:
+    """Read one damaged image as every notebook reads it."""
+    suffix, content = rng.choice(image_files(rng))
+    path = folder / "cifar10" / "train" / "airplane" / f"a{suffix}"
+    for name in ("cifar10/train/airplane", "cifar10/test/airplane", "coco/val2017"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / f"a{suffix}").write_bytes(damaged(rng, content))
+
+    def read() -> None:
+        image = data.read_image(path)
+        assert image.mode == "RGB" and np.asarray(image).shape == (*image.size[::-1], 3)
+        square, _ = data.central_square(path, side=16)
+        assert square.shape == (1, 3, 16, 16) and 0 <= square.min() <= square.max() <= 1
+        datasets.list_photos("test", data.Source("Photos", "HW3_DATA", folder))
+        datasets.load_cifar10(data.Source("CIFAR-10", "HW3_DATA", folder), ("airplane",))
+
+    return read
+
+
+# --- annotations ---------------------------------------------------------------------------------
+def document() -> dict:
+    """Annotations of two images: polygons, and runs in both forms."""
+    striped = np.asfortranarray(np.indices((16, 16)).sum(axis=0) // 7 % 2, dtype=np.uint8)
+    shapes = [
+        [[1.5, 2, 9, 2, 9, 11, 2, 10]],
+        [[0, 0, 4, 0, 4, 4], [5, 5, 9, 5, 9, 9]],
+        {"counts": [3, 40, 100, 20, 93], "size": [16, 16]},
+        {"counts": pymask.encode(striped)["counts"].decode(), "size": [16, 16]},
+    ]
+    return {
+        "images": [
+            {"id": i, "file_name": f"{i:012d}.jpg", "width": 16, "height": 16} for i in (1, 2)
+        ],
+        "categories": [{"id": 3, "name": "car", "supercategory": "vehicle"}],
+        "annotations": [
+            {
+                "id": 10 * image + i,
+                "image_id": image,
+                "category_id": 3,
+                "segmentation": shape,
+                "bbox": [1, 2, 8.5, 9],
+                "area": 70.5,
+                "iscrowd": int(isinstance(shape, dict)),
+            }
+            for image in (1, 2)
+            for i, shape in enumerate(shapes)
+        ],
+    }
+
+
+def annotations(rng: random.Random, folder: Path) -> Callable[[], None]:
+    """Read a disturbed annotation file and fill all its outlines."""
+    if rng.random() < 0.3:
+        text = damaged(rng, json.dumps(document()).encode())
+    elif rng.random() < 0.6:  # the outlines get their share
+        content = document()
+        entry = rng.choice(content["annotations"])
+        key = rng.choice(["segmentation", "segmentation", "bbox"])
+        entry[key] = disturbed(rng, entry[key])
+        text = json.dumps(content).encode()
+    else:
+        text = json.dumps(disturbed(rng, document())).encode()
+    (folder / "annotations").mkdir()
+    (folder / "annotations" / "instances_val2017.json").write_bytes(text)
+    (folder / "val2017").mkdir()
+    for i in (1, 2):
+        Image.new("RGB", (16, 16)).save(folder / "val2017" / f"{i:012d}.jpg")
+    choice = rng.choice([None, 1, 5, "sample", [1, 2, 99]])
+
+    def read() -> None:
+        source = data.Source("MS COCO", "HW3_DATA", folder)
+        coco, image_path = datasets.load_coco("val2017", source, choice)
+        for annotation in coco.anns.values():
+            assert annotation["image_id"] in coco.imgs and annotation["category_id"] in coco.cats
+            mask = datasets.coco_mask(annotation, 16, 16)
+            assert mask is None or (mask.shape == (16, 16) and set(np.unique(mask)) <= {0, 1})
+        for info in coco.imgs.values():
+            image_path(info)
+
+    return read
+
+
+# --- the run -------------------------------------------------------------------------------------
+FUZZERS = {images: 1000, annotations: 1000}  # how many inputs each gets
+
+
+def run(fuzzer: Callable, count: int, seed: int) -> tuple[Counter, list[str]]:
+    """What came of the inputs, and the faults."""
+    outcomes, faults = Counter(), []
+    for number in range(count):
+        rng = random.Random(f"{seed} {fuzzer.__name__} {number}")
+        with tempfile.TemporaryDirectory() as folder:
+            read = fuzzer(rng, Path(folder))
+            try:
+                with contextlib.redirect_stdout(io.StringIO()):
+                    read()
+                outcomes["read"] += 1
+            except ProjectError as error:
+                outcomes["refused"] += 1
+                if "\n" in str(error):
+                    faults.append(f"{fuzzer.__name__} {number}: more than one line: {error}")
+            except Exception:
+                outcomes["fault"] += 1
+                faults.append(f"{fuzzer.__name__} {number}:\n{traceback.format_exc()}")
+    return outcomes, faults
+
+
+def main(seed: int = 0) -> int:
+    faulthandler.enable()  # says where, should a library crash
+    warnings.simplefilter("ignore")  # of Pillow, about broken metadata
+    limit = GIGABYTES * 2**30
+    start, failed = time.monotonic(), False
+    for fuzzer, count in FUZZERS.items():
+        outcomes, faults = run(fuzzer, count, seed)
+        print(f"{fuzzer.__name__}: {dict(outcomes)}", *faults[:5], sep="\n", flush=True)
+        failed |= bool(faults)
+    seconds = time.monotonic() - start
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(f"{seconds:.0f} seconds, {memory / 2**30:.2f} GB at most")
+    return int(failed or seconds > SECONDS or memory > limit)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*map(int, sys.argv[1:])))
