@@ -1,0 +1,132 @@
+"""Comparing networks in pairs: what is averaged over what."""
+
+import numpy as np
+import pytest
+import torch
+
+from src import comparison, results
+
+RNG = np.random.default_rng(0)
+
+
+def scores_of(**values):
+    """{(key, seed): {"test": {"score": (N,)}}} from (S, N) per key."""
+    return {
+        (key, seed): {"test": {"score": torch.tensor(row)}}
+        for key, rows in values.items()
+        for seed, row in enumerate(rows)
+    }
+
+
+def test_scores_keep_seeds_and_samples_apart():
+    a, b = RNG.random((3, 8)), RNG.random((3, 8))
+    scores = scores_of(a=a, b=b)
+    assert np.array_equal(comparison.by_seed(scores, "a", "score"), a)
+    assert np.array_equal(comparison.by_seed(scores, "b", "score"), b)
+
+
+def test_a_gain_is_paired():
+    """Samples that are hard for both do not widen the interval of the difference."""
+    hard = RNG.normal(0.5, 0.3, 400)
+    a = hard + RNG.normal(0.02, 0.02, (3, 400))
+    b = hard + RNG.normal(0.0, 0.02, (3, 400))
+    scores = scores_of(a=a, b=b)
+    gain = comparison.gain(scores, "a", "b", "score", np.arange(400) // 4)
+    assert gain.unit == results.POINTS and gain.n == 100
+    assert gain.value == pytest.approx(100 * (a - b).mean())
+    low, high = gain.ci95
+    assert 1 < low < gain.value < high < 3
+    alone = results.bootstrap(a, np.arange(400) // 4, results.POINTS)
+    assert high - low < 0.3 * (alone.ci95[1] - alone.ci95[0])
+    back = comparison.gain(scores, "b", "a", "score", np.arange(400) // 4)
+    assert back.value == pytest.approx(-gain.value)
+
+
+def test_photos_and_seeds_widen_the_interval():
+    groups = np.arange(400) // 20
+    by_photo = RNG.normal(0, 0.1, 20)[groups] + np.zeros((3, 1))
+    by_object = RNG.permutation(by_photo[0]) + np.zeros((3, 1))
+    by_network = np.array([[-0.1], [0.0], [0.1]]) + np.zeros((3, 400))
+
+    def width(values, groups):
+        low, high = results.bootstrap(values, groups).ci95
+        return high - low
+
+    assert width(by_photo, groups) > 2 * width(by_object, groups)
+    assert width(by_photo, groups) > 2 * width(by_photo, None)
+    assert width(by_network, groups) > 0.1
+
+
+def test_balanced_accuracy_is_the_mean_over_classes():
+    labels = np.array([0] * 8 + [1] * 2 + [3] * 5)  # class 2 has no sample
+    correct = np.zeros((2, 15))
+    correct[0, :8], correct[1, 8:10], correct[1, 10] = 1, 1, 1
+    found = comparison.balanced(correct, labels).mean(axis=1)
+    assert found.tolist() == pytest.approx([1 / 3, (1 + 1 / 5) / 3])
+
+
+def test_words_follow_the_interval():
+    words = ("up", "down", "open")
+    for bounds, wanted in (((0.1, 2), "up"), ((-2, -0.1), "down"), ((-1, 1), "open")):
+        metric = results.Metric(sum(bounds) / 2, 5, bounds, results.POINTS)
+        assert comparison.verdict(metric, *words) == wanted
+
+
+def test_compact_scores_hold_what_was_found():
+    scores = {
+        (key, seed): {"test": {"found": torch.arange(4) + seed, "mask_iou": torch.rand(4)}}
+        for key in ("a", "b")
+        for seed in (0, 1)
+    }
+    arrays = comparison.compact(scores, ["b"], "turned.")
+    assert set(arrays) == {"turned.b.found", "turned.b.mask_iou"}
+    assert arrays["turned.b.found"].dtype == np.uint8
+    assert arrays["turned.b.found"].tolist() == [[0, 1, 2, 3], [1, 2, 3, 4]]
+    wanted = comparison.by_seed(scores, "b", "mask_iou")
+    assert np.allclose(arrays["turned.b.mask_iou"], wanted, atol=1e-3)
+
+
+def test_the_best_network_against_a_level():
+    metrics = {
+        "a.iou": results.single(0.4, "fraction"),
+        "b.iou": results.single(0.55, "fraction"),
+        "level": results.single(0.45, "fraction"),
+    }
+    found = comparison.ahead(metrics, {"a": "first", "b": "second"}, "iou", "level")
+    assert found == ("second", "+10.0", 1)
+
+
+def test_summaries_name_all_measures():
+    scores = {
+        ("a", seed): {
+            role: {name: torch.rand(6) for name in ("accuracy", "mask_iou", "cross_entropy")}
+            for role in ("train", "val", "test")
+        }
+        for seed in (0, 1)
+    }
+    found = comparison.summary(scores, "a", np.arange(6), np.arange(6) % 2)
+    names = {
+        f"a.{role}_{name}"
+        for role in ("train", "val", "test")
+        for name in ("accuracy", "mask_iou", "cross_entropy")
+    }
+    assert set(found) == names | {"a.test_balanced_accuracy"}
+    values = comparison.by_seed(scores, "a", "accuracy", "train")
+    assert found["a.train_accuracy"].value == pytest.approx(values.mean())
+    assert found["a.train_accuracy"].n == 2 and found["a.test_accuracy"].n == 6
+
+
+def test_the_benchmark_s_table():
+    metrics = {}
+    for name, seconds in (("ours", 0.05), ("conv", 0.02)):
+        metrics[f"1x2x3x4.{name}_seconds"] = results.single(seconds, "seconds")
+    for name in ("readable", "grid_sample", "torchvision"):
+        metrics[f"1x2x3x4.{name}_seconds"] = results.single(0.5, "seconds")
+    metrics["1x2x3x4.ours_peak_mb"] = results.single(12.3, "megabytes")
+    metrics["geometric_mean.ours_over_conv"] = results.single(2.5, "ratio")
+    metrics["geometric_mean.torchvision_over_ours"] = results.single(10, "ratio")
+    stored = {"metrics": metrics, "config": {"shapes": [[1, 2, 3, 4]]}, "machine": "a machine"}
+    headings, rows, caption = comparison.benchmark_table(stored)
+    assert headings == ["contender", "1 × 2 × 3 × 4"]
+    assert rows[0] == ("ours, fast", "50 ms, 12 MB") and rows[-1][1] == "20 ms"
+    assert len(rows) == 5 and "a machine" in caption and "2.50" in caption
