@@ -222,14 +222,15 @@ def plot_fields(heads: dict, backbone, images: Tensor):
     Returns:
         {title: mean distances of the seeds, "uniform": that of a uniform field}, and the figure.
     """
-    fig, axes = plt.subplots(1, len(heads), figsize=(3.7 * len(heads), 3.8))
+    fig, (axes,) = plt.subplots(1, len(heads), figsize=(3.7 * len(heads), 3.8), squeeze=False)
     side = images.shape[-1]
     positions, radii = side // objects.STRIDES[0], {}
     for ax, (title, of_seeds) in zip(axes, heads.items()):
         fields = [input_gradient(head, backbone, images) for head in of_seeds]
         radii[title] = [mean_distance(field, positions) for field in fields]
         field = torch.stack(fields).mean(dim=0)
-        drawn = ax.imshow((field / field.max() + 1e-6).log10(), cmap="magma", vmin=-2.5, vmax=0)
+        shown = (field / field.max() + 1e-6).log10().numpy()
+        drawn = ax.imshow(shown, cmap="magma", vmin=-2.5, vmax=0)
         text = f"{title}: {np.mean(radii[title]):.1f} pixels"
         ax.set(title=text, xlabel="x (pixels)", ylabel="y (pixels)")
         ax.grid(False)

@@ -57,7 +57,7 @@ def train(
         load: called with (indices, epoch), `load_val` with indices; as in `score`.
         n, n_val: numbers of training and validation samples.
         per_epoch: training samples of an epoch, drawn anew.
-        config: with `batch_size`, `weight_decay` and `ema_decay`.
+        config: with `batch_size` and `weight_decay`.
     """
     steps = epochs * math.ceil(min(per_epoch, n) / config.batch_size)
     optimizer, lr_scheduler = training.make_optimizer(parts, config.weight_decay, steps)
@@ -85,7 +85,6 @@ def train(
         epochs=epochs,
         seed=seed,
         runtime=runtime,
-        ema_decay=config.ema_decay,
         quiet=True,
     )
 
