@@ -8,7 +8,6 @@ which step is taken.
 """
 
 import contextlib
-import dataclasses
 import functools
 import math
 import sys
@@ -26,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from src import backbones, device, fast_sampling, objects, registration, results, settings, views
+from src import backbones, fast_sampling, objects, registration, results, views
 from tools import notebooks
 
 PROFILES = ("gpu", "gpu_full")
