@@ -1,8 +1,7 @@
-"""Every notebook under hard conditions: `make robustness` (minutes, not seconds; not part of `make test`).
+"""Run every notebook under hard conditions: `make robustness`; too slow for `make test`.
 
-The notebooks run in a copy of the project whose path holds spaces and Persian letters, with no network within reach: from
-four working directories, twice with the same seed, cut off in the middle of a training and started again, and on real data
-that must stay untouched.
+Other working directories, no network, trainings cut off and started again, and real data that must
+stay as they are.
 """
 
 import os
@@ -20,7 +19,12 @@ ROOT = Path(__file__).resolve().parent.parent
 NO_NETWORK = {
     f"{scheme}_proxy": "http://127.0.0.1:9" for scheme in ("http", "https")
 }  # the discard port: nothing answers
-RUN = "import sys; from pathlib import Path; from tools.run import run; run(sys.argv[1], Path(sys.argv[2]))"
+RUN = """
+import sys
+from pathlib import Path
+from tools.run import run
+run(sys.argv[1], Path(sys.argv[2]))
+"""
 DIES = """
 
 _written, _save_whole = [], _save
@@ -45,7 +49,7 @@ def project(tmp_path_factory):
 
 
 def execute(project, name, folder, **environment):
-    """Runs a notebook with `folder` as the kernel's working directory; gives the runner's exit code and messages."""
+    """Run a notebook in the working directory `folder`; give the exit code and the messages."""
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("HW3_")}
     done = subprocess.run(
         [sys.executable, "-c", RUN, name, str(folder)],

@@ -171,6 +171,17 @@ def test_a_few_photos_that_cannot_be_had_are_left_out_and_counted(official, caps
         datasets.load_coco("val2017", source, 5)
 
 
+def test_names_of_all_kinds_are_asked_for(mirror):
+    write_coco(data.DATA / "coco", document() | {"images": [NAMED]})
+    mirror.files["val2017/%C3%A9t%C3%A9%201%23.jpg"] = jpeg()
+    source = find(datasets.COCO, mirror)
+    loaded, image_path = datasets.load_coco("val2017", source, 1)
+    assert image_path(loaded.imgs[1]).name == NAMED["file_name"]
+
+
+NAMED = {"id": 1, "file_name": "été 1#.jpg", "width": 8, "height": 8}
+
+
 def test_nothing_is_downloaded_into_the_user_s_folder_or_for_demo(official, tmp_path):
     source = find(datasets.COCO, official)
     asked = len(official.asked)
@@ -413,9 +424,10 @@ TRIANGLE = [0, 0, 4, 0, 4, 4]
         *([TRIANGLE, [0, 0, bad, 0, 4, 4]] for bad in (-1e9, 10**400, None, "x", [1])),
         *([[0, 0]], [[0, 0, 1, 1]], [TRIANGLE[:5]], [[]], [], [[20, 20, 21, 20, 21, 21]]),
         *(None, 5, "abcdefgh", {}, [None], [5], ["abcdef"], [TRIANGLE, {}], [[[0, 0]] * 3]),
-        [[0, 0, 8, 6] * 100_000],  # an outline of a million pixels' length
+        [[0, 0, 8, 0, 8, 6] * 50_001],  # an outline of a million pixels' length
         runs([48 * 10**6], (10**6, 10**6)),
         runs([10**12], (10**6, 10**6)),
+        runs([0, 10**12]),
         *(runs(counts) for counts in ([0, 10], [], [0, 49], [50, -2], [-1, 49], [0, 47.5, 0.5])),
         *(runs(counts) for counts in (None, "", "0", b"`1", "o" * 1000, "\u00e9", ["a"], [[48]])),
         *(runs([0, 48], size) for size in ((8, 6), (6,), (6, 8, 1), ("6", "8"), (0, 0))),

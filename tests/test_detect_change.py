@@ -459,7 +459,7 @@ def test_a_change_beyond_the_trained_range_cannot_be_told(nb, detector):
 @pytest.mark.parametrize(
     "a, message",
     [
-        (photo((12, 40)), "12x40 pixels; 16x16 are needed"),
+        (photo((12, 40)), "12x40 pixels; at least 16x16"),
         (5, "Pillow image or a file name, not int"),
         (None, "Pillow image or a file name, not NoneType"),
         ("no such file.jpg", "no such file.jpg"),

@@ -208,7 +208,8 @@ def run_notebook(name, monkeypatch, folder, plant=None):
     drawn = data.Source("drawn images", "stand-in")
     monkeypatch.setattr(data, "find_source", lambda *_, **__: drawn)
     monkeypatch.setattr(plotting, "show", lambda fig, *_: plt.close(fig))
-    monkeypatch.setattr(torchvision.models, "resnet50", small_resnet)  # nor is it downloaded
+    for network in ("resnet18", "resnet50"):  # small, and not downloaded
+        monkeypatch.setattr(torchvision.models, network, small_resnet)
     start = session.start
 
     def start_small(name, dataset, configs):

@@ -510,7 +510,8 @@ onload = () => {
   const heights = [...page.querySelectorAll(".formula math")]
     .map(formula => formula.getBoundingClientRect().height);
   document.body.dataset.result = JSON.stringify({
-    width: page.documentElement.scrollWidth, lowest, broken, math: heights.length ? Math.max(...heights) : 99,
+    width: page.documentElement.scrollWidth, lowest, broken,
+    math: heights.length ? Math.max(...heights) : 99,
     ground: view.getComputedStyle(page.body).backgroundColor});
 };
 </script>"""
