@@ -119,7 +119,8 @@ class _ResNet(nn.Module):
     def __init__(self, name: str, pretrained: bool):
         super().__init__()
         weights = "IMAGENET1K_V1" if pretrained else None
-        self.network = getattr(torchvision.models, name)(weights=weights)
+        with contextlib.redirect_stderr(io.StringIO()):  # it names folders of the machine
+            self.network = getattr(torchvision.models, name)(weights=weights)
         self.feature_size, self.network.fc = self.network.fc.in_features, nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
