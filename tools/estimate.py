@@ -8,7 +8,6 @@ which step is taken.
 """
 
 import contextlib
-import dataclasses
 import functools
 import math
 import sys
@@ -26,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from src import backbones, device, fast_sampling, objects, registration, results, settings, views
+from src import backbones, fast_sampling, objects, registration, results, views
 from tools import notebooks
 
 PROFILES = ("gpu", "gpu_full")
@@ -85,15 +84,18 @@ class Meter(TorchDispatchMode):
         out = func(*args, **kwargs)
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         made = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        if not made:  # a question, such as for the device
+            return out
         for x in made:
             self.notice(x.untyped_storage())
         known = {x.untyped_storage()._cdata for x in given}
-        if made and not func._schema.is_mutable and made[0].untyped_storage()._cdata in known:
+        if not func._schema.is_mutable and made[0].untyped_storage()._cdata in known:
             return out  # a view
-        count = flop_registry.get(func._overloadpacket)
+        name = func._schema.name.removeprefix("aten::").rstrip("_")  # in place: counts the same
+        count = flop_registry.get(getattr(torch.ops.aten, name, None))
         flops = count(*args, **kwargs, out_val=out) if count else 0
         moved = sum(min(x.nbytes, x.untyped_storage().nbytes()) for x in (*given, *made))
-        if "embedding_bag" in func._schema.name:  # reads a row of the table for every index
+        if "embedding_bag" in name:  # reads a row of the table for every index
             moved += args[1].numel() * args[0][0].nbytes
         half = any(x.dtype in (torch.float16, torch.bfloat16) for x in given)
         self.cost.operations.append((flops, moved, half))
