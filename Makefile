@@ -2,7 +2,7 @@
 #   make html        run every notebook top to bottom and write its page into reports/
 #   make test        lint, then run all tests
 #   make lint        check style and format of all Python code, notebooks included
-#   make estimate    tell how long each profile would take on this machine
+#   make estimate    count what the profiles for GPUs cost on common cards
 #   make bench       time the deformable convolution against others and store the numbers
 #   make figures     draw the figures of the theory
 #   make theory      write reports/theory.html
