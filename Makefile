@@ -55,7 +55,7 @@ theory-images: $(VENV)/installed
 	$(RUN) -m tools.html images reports/theory
 
 fuzz: $(VENV)/installed-tests
-	$(RUN) -m pytest tests/fuzz.py tests/fuzz_outputs.py
+	$(RUN) -m pytest tests/fuzz.py
 
 robustness: $(VENV)/installed-tests
 	$(RUN) -m pytest tests/robustness.py

@@ -279,10 +279,14 @@ def save_results(
 
 
 def _is_finite(metric: Metric) -> bool:
+    """Whether value, n and interval are finite numbers, and the unit is text."""
+    bounds = (0.0, 0.0) if metric.ci95 is None else metric.ci95
     try:
-        return all(map(math.isfinite, (metric.value, metric.n, *(metric.ci95 or ()))))
-    except TypeError:
+        low, high = bounds
+        numbers = all(map(math.isfinite, (metric.value, metric.n, low, high)))
+    except (TypeError, ValueError, OverflowError):
         return False
+    return numbers and isinstance(metric.unit, str)
 
 
 def load_results(path: Path) -> dict:
@@ -296,7 +300,7 @@ def load_results(path: Path) -> dict:
         content = json.loads(path.read_text(encoding="utf-8"))
         metrics = {}
         for key, entry in content["metrics"].items():
-            bounds = entry["ci95"] and tuple(entry["ci95"])
+            bounds = None if entry["ci95"] is None else tuple(entry["ci95"])
             metrics[key] = Metric(entry["value"], entry["n"], bounds, entry["unit"])
             if not _is_finite(metrics[key]):
                 raise ValueError(f"{key} is not a finite number")
@@ -304,6 +308,6 @@ def load_results(path: Path) -> dict:
         raise ProjectError(
             f"There is no results file {path.name}: run the notebook that writes it."
         ) from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ProjectError(f"{path.name} is broken ({error}): run the notebook again.") from None
     return content | {"metrics": metrics}

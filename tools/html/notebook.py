@@ -1,7 +1,6 @@
 """An executed notebook as one page: its text, its code, and what its cells showed."""
 
 import base64
-import binascii
 import html
 import re
 from pathlib import Path
@@ -132,7 +131,7 @@ def _form(page: Page, mime: str, output) -> str:
         return "" if empty else f"<pre>{html.escape(text)}</pre>\n"
     try:
         raw = data.encode() if mime == "image/svg+xml" else base64.b64decode(data)
-    except binascii.Error:
+    except ValueError:  # so is what base64 raises
         raise ProjectError(f"{page.place}: a broken picture") from None
     alt = html.escape(_alt(output, mime) or "a picture without description")
     return page.checked(f'<p class="figure"><img src="{data_uri(mime, raw)}" alt="{alt}"></p>\n')
