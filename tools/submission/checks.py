@@ -58,12 +58,17 @@ class Run:
         return is_standin(self.about)
 
     @property
+    def reports(self) -> Path:
+        """The folder of page and results: the notebook's own, or that of all committed ones."""
+        return reports_folder() if self.path.parent == notebooks.FOLDER else self.path.parent
+
+    @property
     def page(self) -> Path:
-        return reports_folder(self.standin) / f"{self.name}.html"
+        return self.reports / f"{self.name}.html"
 
     @property
     def result(self) -> Path:
-        return reports_folder(self.standin) / "results" / f"{self.name}.json"
+        return self.reports / "results" / f"{self.name}.json"
 
 
 def relative(path: Path) -> str:
