@@ -284,7 +284,8 @@ def deformable_convolution(config) -> Work:
     for kind in ("ordinary", "dilated", "deformable"):
 
         def network(kind=kind):
-            return nb.FineTuned(kind, len(nb.CLASSES), pretrained=False)
+            resnet = backbones.load_backbone("resnet18", pretrained=False)
+            return nb.FineTuned(resnet, kind, len(nb.CLASSES))
 
         def inputs():
             return (torch.rand(batch, 3, size, size),)
