@@ -10,8 +10,8 @@ which step is taken.
 import contextlib
 import functools
 import math
-import types
 import sys
+import types
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
