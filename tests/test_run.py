@@ -267,6 +267,12 @@ def test_progress_bars_are_shown_but_not_stored(project, capsys):
     assert "toy: epoch 1 of 1" in capsys.readouterr().err
 
 
+def test_the_users_folder_is_not_named(project):
+    project("a", about(), ["from pathlib import Path; print(Path.home() / '.cache' / 'x')"])
+    assert run.main(["a"]) == 0
+    assert outputs(notebooks.read("a"))[-1].text.strip() == str(Path("~", ".cache", "x"))
+
+
 def test_text_that_utf8_cannot_hold_is_written_all_the_same(project, tmp_path):
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("a \ud800")])
     notebooks.write(notebook, tmp_path / "a.ipynb")

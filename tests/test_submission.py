@@ -223,8 +223,8 @@ REFUSALS = {
         rf"{TWO}: outputs and {RESULT} are of two runs; .*",
     ),
     "stand-in bench": (
-        lambda p: p.result("bench", standin=True),
-        r"reports/results/bench\.json: a result of .* the stand-in",
+        lambda p: p.result("bench", standin=True, data_source="stand-in"),
+        r"reports/results/bench\.json: a result of profile cpu, stand-in",
     ),
     "old bench": (
         lambda p: p.result("bench", fingerprint="other"),
@@ -324,11 +324,12 @@ def test_a_broken_result_is_one_line_and_named_with_its_notebook(project, broken
     assert all("two.json" in line for line in lines) and len(lines) <= 2
 
 
-def test_a_run_of_the_smoke_profile_is_refused_in_words(project):
-    save_about(project, profile="smoke", standin=True, data_source="stand-in")
-    assert "notebooks/two.ipynb: a run of profile smoke on stand-in; run it" in str(
-        refused(project)
-    )
+@pytest.mark.parametrize("profile, source", [("smoke", "stand-in"), ("demo", "data/")])
+def test_a_run_that_only_shows_that_everything_works_is_refused(project, profile, source):
+    save_about(project, profile=profile, standin=source == "stand-in", data_source=source)
+    (line,) = refused(project)
+    assert line.startswith(f"notebooks/two.ipynb: a run of profile {profile} on {source}; run it")
+    assert archive.build("Ali", "1", allow_standin=True).name == "HW3-Ali-1-STANDIN.zip"
 
 
 @pytest.mark.parametrize("file", ["src/tool.py", "src/new.py"])

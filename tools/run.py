@@ -125,6 +125,7 @@ def store(name: str, notebook: nbformat.NotebookNode) -> list[str]:
     about = notebooks.about(notebook)
     profile = about.get("profile", settings.read().profile)
     notebook.metadata["hw3"] = about
+    _hide_home(notebook)
     reports = results.reports_folder(about.get("standin") or profile == "smoke", profile)
     real = reports == results.reports_folder()
     path = (notebooks.FOLDER if real else reports) / f"{name}.ipynb"
@@ -134,6 +135,15 @@ def store(name: str, notebook: nbformat.NotebookNode) -> list[str]:
     left_out = notebook_to_html(path, page)
     print(f"{name}: wrote {page.relative_to(ROOT)}")
     return left_out
+
+
+def _hide_home(notebook: nbformat.NotebookNode) -> None:
+    """Write `~` for the user's folder, which libraries print when they download or warn."""
+    home = str(Path.home())
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []) if len(home) > 1 else []:
+            if output.output_type == "stream":
+                output.text = re.sub(re.escape(home) + r"(?![\w-])", "~", output.text)
 
 
 def main(arguments: list[str] | None = None) -> int:

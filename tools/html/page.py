@@ -94,7 +94,9 @@ class Page(mistune.HTMLRenderer):
 
     def prose(self, text: str) -> str:
         """Render Markdown; formulas with their punctuation, and sizes, stay in one line."""
-        page = re.sub(_FORMULA, r'<span class="tex">\g<0></span>', self.markdown(text))
+        page = re.sub(
+            _FORMULA, r'<span class="tex">\g<0></span>', self.markdown(_UNPRINTABLE.sub("", text))
+        )
         page = re.sub(_NAME, r'<span class="tex">\g<0></span>', page)
         page = re.sub(_SIZE, "\u00a0\\1\u00a0", page)
         return self.checked(re.sub(_FIGURE, _FIGURE_HTML, page))

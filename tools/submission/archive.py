@@ -45,7 +45,7 @@ def build(name: str, number: str, collaborators: str = "", allow_standin: bool =
     if found := checks.problems(runs, allow_standin):
         raise ProjectError("not ready to be handed in:\n" + "".join(f"  {x}\n" for x in found))
     stored = map(load_results, checks.results_of(runs))
-    marked = any(run.standin for run in runs) or any(map(checks.is_standin, stored))
+    marked = any(run.trial for run in runs) or any(map(checks.is_trial, stored))
     path = ROOT / f"{stem(name, number, marked)}.zip"
     files = collect(runs, {"SOURCES.md": sources} | first_page(name, number))
     with replacing(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as zip:

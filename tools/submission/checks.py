@@ -54,8 +54,8 @@ class Run:
         return notebooks.about(self.notebook)
 
     @property
-    def standin(self) -> bool:
-        return is_standin(self.about)
+    def trial(self) -> bool:
+        return is_trial(self.about)
 
     @property
     def reports(self) -> Path:
@@ -75,8 +75,8 @@ def relative(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-def is_standin(about: dict) -> bool:
-    """Whether a run, or a results file, says nothing about the real data."""
+def is_trial(about: dict) -> bool:
+    """Whether a run, or a results file, only shows that everything works: stand-in, smoke, demo."""
     return bool(about.get("standin")) or about.get("profile") in ("smoke", "demo")
 
 
@@ -104,7 +104,7 @@ def problems(runs: list[Run], allow_standin: bool) -> list[str]:
 def run_problems(run: Run, allow_standin: bool) -> Iterator[str]:
     for check in RUN_CHECKS:
         yield from check(run)
-    if run.standin and not allow_standin:
+    if run.trial and not allow_standin:
         profile = run.about["profile"]
         yield (
             f"{run.place}: a run of profile {profile} on {run.about.get('data_source')}; run it "
@@ -219,7 +219,11 @@ RUN_CHECKS = (_cell_problems, order_problems, page_problems, _code_problems, _no
 
 def results_of(runs: list[Run]) -> list[Path]:
     """List the results that go with these runs; a stand-in run's replaces that of the real data."""
-    replaced = {reports_folder() / "results" / run.result.name for run in runs if run.standin}
+    replaced = {
+        reports_folder() / "results" / run.result.name
+        for run in runs
+        if run.reports != reports_folder()
+    }
     own = {run.result for run in runs if run.result.is_file()}
     return sorted(set(reports_folder().glob("results/*.json")) - replaced | own)
 
@@ -237,8 +241,9 @@ def _result_problems(runs: list[Run], allow_standin: bool) -> Iterator[str]:
         except ProjectError as error:
             yield f"{relative(path)}: {error}"
             continue
-        if is_standin(stored) and not allow_standin:
-            yield f"{relative(path)}: a result of the profile {stored['profile']} or the stand-in"
+        if is_trial(stored) and not allow_standin:
+            kind = f"profile {stored.get('profile')}, {stored.get('data_source')}"
+            yield f"{relative(path)}: a result of {kind}"
         if found := machine_path({k: v for k, v in stored.items() if k != "metrics"}):
             yield f"{relative(path)}: it names this machine: {found!r}"
         ours = any(path.stem == run.name or path.stem.startswith(f"{run.name}_") for run in runs)
