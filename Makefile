@@ -4,6 +4,7 @@
 #   make lint        check style and format of all Python code, notebooks included
 #   make estimate    count what the profiles for GPUs cost on common cards
 #   make bench       time the deformable convolution against others and store the numbers
+#   make drawn       train four small Changers: what holds the drawn one back? (about 20 minutes)
 #   make figures     draw the figures of the theory
 #   make theory      write reports/theory.html
 #   make theory-images   write the theory as PDF and page images (needs Chromium)
@@ -22,8 +23,8 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 # environment does not count.
 given = $(if $(findstring command,$(origin $(1))),"$$$(1)")
 
-.PHONY: help html test lint estimate bench figures theory theory-images fuzz robustness submission \
-	rerun clean distclean
+.PHONY: help html test lint estimate bench drawn figures theory theory-images fuzz robustness \
+	submission rerun clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -44,6 +45,9 @@ estimate: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(RUN) -m tools.bench
+
+drawn: $(VENV)/installed
+	$(RUN) -m tools.drawn
 
 figures: $(VENV)/installed
 	$(RUN) -m theory.make_figures

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from src import ProjectError, data, device, registration, training, views
+from src import ProjectError, data, datasets, device, registration, results, training, views
+from tools import drawn
 from tools.notebooks import definitions
 
 
@@ -344,6 +345,36 @@ def test_one_step_of_every_profile(nb, canvases, profile):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
     total = parts["label_loss"] + config.estimate_weight * parts["estimate_loss"]
     assert torch.isclose(loss, total)
+
+
+def test_the_trial_of_the_drawn_network_crosses_pooling_and_dropout(nb, monkeypatch, tmp_path):
+    trained = {}
+
+    def train(network, train_loaders, val_loaders, config, runtime):
+        trained[config.pool_after, config.dropout] = network
+        assert list(train_loaders) == [config.small_side] == [config.image_side]
+        assert set(val_loaders) == {"standard", "subtle"}
+        return training.History([{"val_loss": 1.0}], 1, 2.0)
+
+    monkeypatch.setattr("src.results.ROOT", tmp_path)
+    monkeypatch.setattr(drawn, "definitions", lambda name: nb)
+    monkeypatch.setattr(nb, "train_changer", train)
+    source = data.find_source(datasets.PHOTOS, "smoke")
+    path = drawn.run(drawn.SMOKE, source, device.start(torch.device("cpu"), "cpu"))
+    pools = nb.Config().pool_after, nb.DRAWN.pool_after
+    assert set(trained) == {(pool, dropout) for pool in pools for dropout in (0.0, 0.2)}
+    for (pool, dropout), network in trained.items():
+        assert sum(isinstance(part, torch.nn.MaxPool2d) for part in network.pools) == sum(pool)
+        assert {part.p for part in network.modules() if isinstance(part, torch.nn.Dropout)} == {
+            dropout
+        }
+    stored = results.load_results(path)["metrics"]
+    for key in (
+        "pooling_dropout.standard.exact_match",
+        "no_pooling_no_dropout.subtle.per_label_accuracy",
+    ):
+        assert key in stored
+    assert len(stored) == 4 * 2 * 2
 
 
 # --- the decision ---------------------------------------------------------------------------------
