@@ -81,7 +81,7 @@ def make_optimizer(
         ):
             if chosen:
                 groups.append({"params": chosen, "lr": lr, "weight_decay": decay})
-    optimizer = torch.optim.AdamW(groups)
+    optimizer = torch.optim.AdamW(groups, fused=True)  # one pass over all parameters
     lr_scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
         [group["lr"] for group in groups],
