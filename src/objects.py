@@ -117,12 +117,16 @@ def draw_balanced(names: Sequence[str], per_class: int, seed: int) -> list[int]:
 
 
 def read_photo(path: Path, info: dict) -> np.ndarray:
-    """Read a photo (H, W, 3) uint8.
+    """Read a photo (H, W, 3) uint8 as it is stored.
 
     Raises:
         ProjectError: if it cannot be read, or has not the size that its annotation says.
     """
-    photo = np.array(data.read_image(path).convert("RGB"))
+    # COCO's outlines are those of the stored pixels, whose sizes its annotations name; pycocotools
+    # knows of no orientation. COCO's own photos carry none (no EXIF in the 549 of the sample), but
+    # a program that rewrote one may have added it, and turning would part it from its outlines.
+    with data.opened_image(path) as image:
+        photo = np.array(data.as_rgb(image))
     if photo.shape[:2] != (info["height"], info["width"]):
         raise ProjectError(
             f"{path.name} is {photo.shape[1]}x{photo.shape[0]} pixels, its annotation says "

@@ -19,21 +19,23 @@ import torch
 from src import ROOT
 
 PACKAGES = ("torch", "torchvision", "numpy", "scipy", "pycocotools")
+FINGERPRINTED = (".py", ".json")  # endings of the files in `src` that decide results
 _LIBRARIES = tuple(sysconfig.get_paths()[kind] for kind in ("stdlib", "purelib", "platlib"))
 _HASHED_WHOLE = 2**24  # bytes; of a larger tensor an even sample and the sum are hashed
 
 
 # --- the code as files ----------------------------------------------------------------------------
 def code_fingerprint(*notebooks: Path, folder: Path = ROOT) -> str:
-    """Digest the code behind a result: that of `src` and of the given notebooks.
+    """Digest the code behind a result: that of `src`, its data files, and the given notebooks.
 
     It is taken from the syntax trees without comments, docstrings, formatting and line endings, so
     that none of these makes a result look older than its code. It needs no git.
     """
     digest = hashlib.sha256()
-    for path in sorted((folder / "src").rglob("*.py")):
-        name = path.relative_to(folder).as_posix()
-        digest.update(f"{name}\n{_tree(path.read_text(encoding='utf-8'))}\n".encode())
+    for path in sorted(p for p in (folder / "src").rglob("*") if p.suffix in FINGERPRINTED):
+        name, text = path.relative_to(folder).as_posix(), path.read_text(encoding="utf-8")
+        content = _tree(text) if path.suffix == ".py" else text
+        digest.update(f"{name}\n{content}\n".encode())
     for path in notebooks:
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
@@ -155,8 +157,9 @@ def object_digest(*objects) -> str:
     def add_tensor(tensor: torch.Tensor) -> None:
         put((tensor.dtype, tuple(tensor.shape)))
         if tensor.numel() * tensor.element_size() > _HASHED_WHOLE:
-            put(float(tensor.double().sum()) if tensor.numel() < 2**28 else "large")
-            flat = tensor.reshape(-1)
+            flat = tensor.detach().reshape(-1)
+            # in parts, as the sum takes a copy in double precision
+            put(sum(float(part.double().sum()) for part in flat.split(2**20)))
             tensor = flat[:: max(1, flat.numel() // 2**20)]
         # contiguous() would leave the strides of dimensions of size 1, which view() refuses
         plain = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)

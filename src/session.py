@@ -5,10 +5,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from IPython import get_ipython
 from IPython.display import Markdown, display
 
 from src import ROOT, ProjectError, data, device, plotting, provenance, results, settings
 
+# Main memory in GB that the profiles for GPUs need, as `make estimate` counts it.
+MAIN_MEMORY = {
+    "transfer_learning": {"gpu": 3.3, "gpu_full": 3.3},
+    "deformable_convolution": {"gpu": 9.5, "gpu_full": 22.6},
+    "detect_change": {"gpu": 5.4, "gpu_full": 11.9},
+}
+OUT_OF_MEMORY = (
+    "The memory of this machine or its GPU does not suffice: close other programs and notebooks, "
+    "or set HW3_PROFILE=cpu (or demo) or HW3_DEVICE=cpu, then restart the kernel and run again."
+)
 _MEASURED = {"voice": "measured"}  # tells the page that an output's text comes from this run
 
 
@@ -147,8 +158,11 @@ def start(name: str, dataset: data.DataSet, configs: Mapping) -> Run:
     profile = "demo" if source.is_standin and not chosen.profile else wanted
     if profile not in configs:
         raise ProjectError(f"{name} has no profile {profile}: set HW3_PROFILE to another one.")
+    _say_memory(name, profile)
     runtime = device.start(place, profile)
     plotting.setup()
+    if shell := get_ipython():
+        shell.events.register("post_run_cell", _explain_lack_of_memory)
     if source.is_standin:
         display(
             Markdown(
@@ -174,3 +188,22 @@ def start(name: str, dataset: data.DataSet, configs: Mapping) -> Run:
     # The tools read from the output itself what kind of run it shows.
     display(_Lines("\n".join(lines)), metadata={"hw3": about})
     return run
+
+
+def _say_memory(name: str, profile: str) -> None:
+    """Say before the work begins how much main memory it needs, where that has been counted."""
+    needed, total = MAIN_MEMORY.get(name, {}).get(profile), device.main_memory()
+    if needed:
+        text = f"Profile {profile} needs about {needed:.0f} GB of main memory"
+        if total:
+            too_little = total < needed * device.GIGABYTE
+            text += f", this machine has {'only ' * too_little}{total / device.GIGABYTE:.0f}"
+        print(f"{text}; HW3_PROFILE=demo asks for less.")
+
+
+def _explain_lack_of_memory(result) -> None:
+    """Say what to do after a cell that ran out of memory; IPython calls it after every cell."""
+    error = result.error_in_exec
+    if error and device.is_out_of_memory(error):
+        error.args = (OUT_OF_MEMORY,)  # what the runner of the notebook reports
+        print(OUT_OF_MEMORY)

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from src import ROOT, ProjectError
-from src.device import Runtime, Stopwatch, seed_everything
+from src.device import Runtime, Stopwatch, is_out_of_memory, seed_everything
 from src.files import replacing
 from src.provenance import object_digest
 
 CHECKPOINTS = ROOT / "data" / "checkpoints"
+TIMED = 10  # steps from which a training's time is estimated
 
 
 class RunningMean:
@@ -122,16 +123,17 @@ def fit(
         lr_scheduler: stepped after every batch, or None.
         batches: called with the epoch (from 0); gives a sized iterable of batches, each a tensor or
             a tuple of tensors with the samples along the first dimension.
-        step: called with (batch, epoch); gives (loss, metrics, n), the loss being a mean over n
-            samples, metrics a dict of further means over the same samples.
-        validate: called with no argument; gives a dict of means on the validation split, "loss"
-            among them.
+        step: called with (batch, epoch) in the run's precision; gives (loss, metrics, n), the loss
+            being a mean over n samples, metrics a dict of further means over the same samples.
+        validate: called with no argument in the run's precision; gives a dict of means on the
+            validation split, "loss" among them.
         epochs: how often `batches` is asked.
         seed: of this training.
         runtime: device and precision.
         ema_decay: where given, weights averaged over the steps with this decay (Polyak and Juditsky
             1992) are validated and kept instead of the last ones.
-        quiet: whether to leave out the line that is printed for every epoch.
+        quiet: whether to leave out the lines that are printed for every epoch and, after the first
+            steps of a long training, on its time.
 
     Returns:
         The history, with keys `train_*` from `step`, `val_*` from `validate`, and `seconds`.
@@ -165,16 +167,21 @@ def fit(
             f"{name}: continues after epoch {len(history)} of {epochs}, where it was interrupted."
         )
 
-    for epoch in range(len(history), epochs):
+    begun = len(history)
+    for epoch in range(begun, epochs):
         seed_everything(seed * 10_000 + epoch)
         model.train()
         means, watch = RunningMean(), Stopwatch(runtime)
         label = f"{name}: epoch {epoch + 1} of {epochs}"
-        for batch in tqdm(batches(epoch), desc=label, leave=False, mininterval=0.5):
+        of_epoch, pace = batches(epoch), Stopwatch(runtime)
+        bar = tqdm(of_epoch, desc=label, leave=False, mininterval=0.5)
+        for number, batch in enumerate(bar, start=1):
             for values, n in stepper(batch, epoch):
                 means.add(values, n)
             if average:
                 _update_average(average, model, ema_decay, stepper.steps)
+            if number == TIMED and epoch == begun and not quiet:
+                _say_time(name, pace.lap() / TIMED * len(of_epoch) * (epochs - epoch))
         row = {f"train_{key}": value for key, value in means.result().items()}
         if not all(abs(value) < float("inf") for value in row.values()):
             raise ProjectError(
@@ -183,7 +190,7 @@ def fit(
         state = {k: v.detach().clone() for k, v in model.state_dict().items()}
         model.load_state_dict(average or state)
         model.eval()
-        with torch.inference_mode():
+        with torch.inference_mode(), runtime.precision():
             row |= {f"val_{key}": value for key, value in validate().items()}
         row["seconds"] = watch.lap()
         history.append(row)
@@ -204,6 +211,15 @@ def fit(
     return History(history, best["epoch"] + 1, sum(row["seconds"] for row in history))
 
 
+def _say_time(name: str, seconds: float) -> None:
+    """Say how long a training takes, where that is long."""
+    if seconds >= 60:
+        print(
+            f"{name}: about {seconds / 60:.0f} min on this machine, at the pace of its first "
+            f"{TIMED} steps; HW3_PROFILE=demo asks for less"
+        )
+
+
 class _Stepper:
     """One optimization step after the other, cut into parts where the memory asks for it."""
 
@@ -219,7 +235,7 @@ class _Stepper:
                 seen = self._gradients(batch, epoch)
                 break
             except RuntimeError as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 size = _size(batch)
                 if self.parts >= size:
@@ -259,12 +275,6 @@ class _Stepper:
             )
             del loss, metrics, values  # what hangs on them must not stand beside the next part
         return seen
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether the device's memory is full; CUDA's libraries report it in words of their own."""
-    words = "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"
-    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 def _tensors(batch) -> list[Tensor]:

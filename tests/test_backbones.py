@@ -1,4 +1,5 @@
 import contextlib
+import hashlib
 import io
 from urllib.error import URLError
 
@@ -42,6 +43,25 @@ def test_without_the_download_efficientnet_takes_over_and_says_so(name, error, m
     monkeypatch.setattr(backbones.importlib.util, "find_spec", lambda package: None)
     assert backbones.load_backbone(name).name == "efficientnet_lite0"
     assert f"Could not download the ImageNet weights of {name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_weights_come_from_the_mirror_and_are_checked(whole, mirror, monkeypatch, tmp_path, capsys):
+    buffer, network = io.BytesIO(), torchvision.models.resnet18()
+    torch.save(network.state_dict(), buffer)
+    content = buffer.getvalue()
+    path = f"models/resnet18-{hashlib.sha256(content).hexdigest()[:8]}.pth"
+    weights = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.value
+    monkeypatch.setattr(weights, "url", f"https://download.pytorch.org/{path}")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("HW3_MIRROR", mirror.url)
+    mirror.files = {path: content if whole else content[:-1]}
+    found = backbones.load_backbone("resnet18")
+    assert [asked for asked, _ in mirror.asked] == [path]
+    if whole:
+        assert torch.equal(found.body.network.conv1.weight, network.conv1.weight)
+    else:
+        assert found.name == "efficientnet_lite0" and "invalid hash" in capsys.readouterr().out
 
 
 def test_the_stronger_network_takes_over_from_resnet50_where_it_is_installed(monkeypatch):

@@ -223,8 +223,8 @@ def test_the_general_way_equals_the_one_of_the_cpu(monkeypatch):
     by_hand = (by_sample[:, None] * table[corners.long()]).sum(dim=2)
     assert torch.allclose(wanted, by_hand, atol=1e-12)
     monkeypatch.setattr(fast_sampling, "FakeTensor", torch.Tensor)  # take the general way
-    for pieces in (1, 32, 200):
-        monkeypatch.setattr(fast_sampling, "PIECES", pieces)
+    for numbers in (1, 8 * 4 * 3 * 9, 2**26):  # pieces of one sample, of nine, of all
+        monkeypatch.setattr(fast_sampling, "BLOCK", {"cpu": numbers})
         found = fast_sampling.corner_products(by_sample, table, corners.int())
         assert torch.allclose(found, by_hand, atol=1e-12)
     tensors, options = case(groups=2, offset_groups=3, channels=6)
@@ -335,6 +335,30 @@ def test_memory_is_that_of_one_block_of_columns(monkeypatch, device, images):
     with LiveBytes(given) as live:
         nb.sampled_product(*given, 18, 1)
     assert live.peak > 4 * 4 * batch * positions * taps * channels, "the readable one, to compare"
+
+
+@pytest.mark.parametrize("images, most", [(8, 80), (800, 400)])
+def test_a_block_is_a_few_operations(images, most):
+    """On a GPU the launch of an operation takes as long as the work of a small one."""
+    sizes = (images, 1, 400, 64), (images, 1, 400, 9), (images, 1, 400, 9, 4), (1, 576, 64)
+    table, base, weight, kernel = (torch.zeros(size, device="meta") for size in sizes)
+    grad = torch.zeros(images, 1, 64, 400, device="meta")
+    blocks = len(list(fast_sampling.image_blocks(table, base)))
+    with Operations() as seen:
+        fast_sampling.SampledProductGradient.forward(
+            table, base.int(), weight, kernel, grad, 20, 1, nb.sampled_product
+        )
+    assert seen.count <= most * blocks, (seen.count, blocks)
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is called, views too."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
 
 
 def distance(found, wanted):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from src import accounting, backbones
+from src import accounting, backbones, session
 from tools import estimate
 
 
@@ -59,6 +59,18 @@ def test_profile_gpu_keeps_its_budgets(name):
     )
     for value, (what, budget) in zip(found, estimate.BUDGETS.items()):
         assert 0.1 * budget < value < budget, f"{name}: {value:.1f} {what}"
+
+
+@pytest.mark.parametrize("name", estimate.NOTEBOOKS)
+def test_the_main_memory_that_a_run_announces_is_the_counted_one(name, monkeypatch):
+    for costly in ("training_step", "forward"):  # the main memory does not hang on them
+        monkeypatch.setattr(estimate, costly, lambda *_, **__: estimate.Cost())
+    monkeypatch.setattr(estimate.registration, "align", lambda *_: None)
+    configs = estimate.module(name).CONFIGS
+    for profile in estimate.PROFILES:
+        work = estimate.NOTEBOOKS[name](configs[profile])
+        counted = (estimate.PROCESS + work.main_memory) / estimate.GIGABYTE
+        assert session.MAIN_MEMORY[name][profile] == pytest.approx(counted, rel=0.05)
 
 
 def test_all_notebooks_are_counted():

@@ -125,6 +125,7 @@ def test_training_in_mixed_precision_comes_near_float32(runtime, capability, rec
     model, history = train(runtime(capability))
     _, exact = train(device.Runtime(torch.device("cpu")))
     assert history.column("train_loss") == pytest.approx(exact.column("train_loss"), abs=0.02)
+    assert {loss.dtype for loss in history.column("val_loss")} == {torch.float32}
     assert next(model.parameters()).device.type == "fake"
     assert not [w for w in recwarn if "lr_scheduler" in str(w.message)]
 
@@ -188,7 +189,7 @@ PLANTS = {  # a part of a cell that defines something, and the same without its 
 }
 
 
-def small_resnet(weights=None):
+def small_resnet():
     """A network of a tenth of ResNet-50's layers."""
     return torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1])
 
@@ -210,6 +211,8 @@ def run_notebook(name, monkeypatch, folder, plant=None):
     monkeypatch.setattr(plotting, "show", lambda fig, *_: plt.close(fig))
     for network in ("resnet18", "resnet50"):  # small, and not downloaded
         monkeypatch.setattr(torchvision.models, network, small_resnet)
+    weights = small_resnet().state_dict()
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *_, **__: weights)
     start = session.start
 
     def start_small(name, dataset, configs):

@@ -134,6 +134,17 @@ def test_photos_that_are_missing_or_of_another_size_are_named(nb, tmp_path):
         collect(nb, source)
 
 
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_photos_are_read_as_stored_because_their_outlines_are(tmp_path, orientation):
+    """Whether turning would change the size (6) or only move the pixels (3)."""
+    pixels = np.random.default_rng(0).integers(0, 255, (80, 100, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    found = objects.read_photo(tmp_path / "a.png", {"width": 100, "height": 80})
+    assert np.array_equal(found, pixels)
+
+
 def test_classes_are_balanced_by_a_random_draw():
     names = ["a"] * 50 + ["b"] * 5 + ["c"] * 20
     drawn = objects.draw_balanced(names, 12, seed=0)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from src import provenance
+from src import ROOT, provenance
 
 
 @pytest.fixture
@@ -54,6 +55,21 @@ def test_other_code_has_another_fingerprint(project):
         project(CODE.replace("3 * r", '"""Old words."""')),
     ]
     assert len(set(others)) == len(others)
+
+
+def test_data_files_beside_the_code_count(project, tmp_path):
+    before, sample = project(CODE), tmp_path / "src" / "sample.json"
+    sample.write_bytes(b'{"train": [\n1, 2]}')
+    first = project(CODE)
+    sample.write_bytes(b'{"train": [\r\n1, 2]}')
+    assert project(CODE) == first != before
+    sample.write_bytes(b'{"train": [\n1, 3]}')
+    assert project(CODE) != first
+
+
+def test_no_file_in_src_is_left_out():
+    files = [p for p in (ROOT / "src").rglob("[!.]*.*") if p.suffix != ".pyc"]
+    assert {path.suffix for path in files} == set(provenance.FINGERPRINTED)
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError("git"), subprocess.TimeoutExpired("git", 1)])
@@ -134,6 +150,25 @@ def test_a_large_tensor_is_told_apart_by_its_sum():
     before = provenance.object_digest(large)
     large[12_345] = 1
     assert provenance.object_digest(large) != before
+
+
+class Largest(TorchDispatchMode):
+    """Notices the largest tensor in double precision."""
+
+    size = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if torch.is_tensor(out) and out.dtype == torch.float64:
+            self.size = max(self.size, out.nbytes)
+        return out
+
+
+def test_a_large_tensor_is_never_copied_whole_in_double_precision():
+    large = torch.zeros(2**25, dtype=torch.uint8)
+    with Largest() as seen:
+        provenance.object_digest(large)
+    assert 0 < seen.size <= 2**23
 
 
 def test_objects_that_refer_to_themselves_end():

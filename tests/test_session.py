@@ -3,10 +3,12 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import pytest
 import torch
+from IPython.core.events import EventManager
 
 from src import ROOT, ProjectError, data, device, files, plotting, results, session, settings
 
@@ -123,6 +125,54 @@ def test_a_profile_that_the_notebook_lacks(toys, monkeypatch):
     toys.holds = True
     with pytest.raises(ProjectError, match="toy has no profile gpu_full"):
         session.start("toy", toys.dataset, CONFIGS)
+
+
+@pytest.mark.parametrize(
+    "gigabytes, text",
+    [(33.5, "this machine has 34;"), (12.7, "this machine has only 13;"), (None, "memory; HW3_")],
+)
+def test_how_much_main_memory_a_run_needs_is_said_first(toys, monkeypatch, capsys, gigabytes, text):
+    toys.holds = True
+    monkeypatch.setenv("HW3_PROFILE", "gpu_full")
+    total = gigabytes and gigabytes * 1e9
+    monkeypatch.setattr(device, "main_memory", lambda: total)
+    session.start("deformable_convolution", toys.dataset, CONFIGS | {"gpu_full": Config()})
+    printed = capsys.readouterr().out
+    assert "Profile gpu_full needs about 23 GB of main memory" in printed and text in printed
+    assert "HW3_PROFILE=demo asks for less" in printed
+    monkeypatch.setenv("HW3_PROFILE", "cpu")
+    session.start("deformable_convolution", toys.dataset, CONFIGS)
+    assert "main memory" not in capsys.readouterr().out
+
+
+def test_this_machine_tells_its_main_memory(monkeypatch):
+    assert device.main_memory() is None or device.main_memory() > 5e8
+    monkeypatch.delattr(os, "sysconf", raising=False)  # as on Windows
+    assert device.main_memory() is None
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"),
+        MemoryError("Unable to allocate 9.3 GiB for an array"),
+    ],
+)
+def test_a_cell_that_runs_out_of_memory_is_told_what_to_do(toys, monkeypatch, capsys, error):
+    toys.holds = True
+    shell = SimpleNamespace(events=EventManager(None, {"post_run_cell": lambda result: None}))
+    monkeypatch.setattr(session, "get_ipython", lambda: shell)
+    for _ in range(2):  # the cell may be run again
+        session.start("toy", toys.dataset, CONFIGS)
+    capsys.readouterr()
+    other = ValueError("shapes do not match")
+    for harmless in (None, other):
+        shell.events.trigger("post_run_cell", SimpleNamespace(error_in_exec=harmless))
+    assert not capsys.readouterr().out and str(other) == "shapes do not match"
+    shell.events.trigger("post_run_cell", SimpleNamespace(error_in_exec=error))
+    assert capsys.readouterr().out.splitlines() == [session.OUT_OF_MEMORY] == [str(error)]
 
 
 # --- a run's figures, tables and results

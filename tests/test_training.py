@@ -264,6 +264,32 @@ def test_a_loss_that_is_not_finite_is_said():
         train(model=model)
 
 
+def test_validation_has_the_precision_of_the_steps():
+    seen, model = [], nn.Linear(4, 2)
+
+    def validate():
+        logits = model(X)
+        seen.append(logits.dtype)
+        return {"loss": nn.functional.cross_entropy(logits, Y).item()}
+
+    train(model, epochs=1, validate=validate, runtime=Runtime(RUNTIME.device, torch.bfloat16))
+    train(model, epochs=1, validate=validate)
+    assert seen == [torch.bfloat16, torch.float32]
+
+
+@pytest.mark.parametrize("seconds, minutes", [(59, None), (120, 2), (3600, 60)])
+def test_a_long_training_says_how_long_it_takes(seconds, minutes, monkeypatch, capsys):
+    """Two steps take a quarter of the time of two epochs with four steps each."""
+    monkeypatch.setattr(training, "TIMED", 2)
+    monkeypatch.setattr(training.Stopwatch, "lap", lambda watch: seconds / 4)
+    train(epochs=2)
+    lines = [x for x in capsys.readouterr().out.splitlines() if "on this machine" in x]
+    assert len(lines) == (minutes is not None)
+    assert not lines or lines[0].startswith(f"toy: about {minutes} min on this machine")
+    train(epochs=2, quiet=True)
+    assert not capsys.readouterr().out
+
+
 # --- models
 
 
