@@ -76,20 +76,30 @@ def train_and_val(metrics: Mapping, key: str, name: str, form: str) -> str:
     return " / ".join(format(value, form) for value in values)
 
 
-def ahead(metrics: Mapping, titles: Mapping, name: str, level: str) -> tuple[str, str, int]:
-    """Compare networks with a level.
+def baseline_cells(metrics: Mapping, name: str) -> list[str]:
+    """Accuracy, balanced accuracy and mask IoU of a baseline in percent, "–" where it has none."""
+    keys = (f"baseline.{name}_{measure}" for measure in ("accuracy", "balanced_accuracy", "iou"))
+    return [in_percent(metrics[key]) if key in metrics else "–" for key in keys]
+
+
+def lead(
+    scores: Mapping, keys: Iterable[str], name: str, level: np.ndarray, groups
+) -> tuple[str, Metric, int]:
+    """Compare networks with an answer that was scored on the same test samples.
 
     Args:
-        titles: {key: title} of the networks, whose metrics are `key.name`.
-        level: name of the metric to compare with.
+        level: its scores (N,).
+        groups: (N,), the photo of every sample.
 
     Returns:
-        The best network's title, its points above the level, and how many networks are above.
+        The network with the best mean, its paired lead in percentage points, and how many of the
+        networks have a better mean than the answer.
     """
-    values = {key: metrics[f"{key}.{name}"].value for key in titles}
-    best, mark = max(values, key=values.get), metrics[level].value
-    count = sum(value > mark for value in values.values())
-    return titles[best], f"{100 * (values[best] - mark):+.1f}", count
+    level, found = np.asarray(level, float), {key: by_seed(scores, key, name) for key in keys}
+    means = {key: values.mean() for key, values in found.items()}
+    best = max(means, key=means.get)
+    difference = results.bootstrap(found[best] - level, groups, results.POINTS)
+    return best, difference, sum(mean > level.mean() for mean in means.values())
 
 
 def plot_points(metrics: Mapping, panels: Mapping, kinds: Sequence[str], points: Sequence[int]):

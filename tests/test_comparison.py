@@ -89,14 +89,28 @@ def test_compact_scores_hold_what_was_found():
     assert np.allclose(arrays["turned.b.mask_iou"], wanted, atol=1e-3)
 
 
-def test_the_best_network_against_a_level():
-    metrics = {
-        "a.iou": results.single(0.4, "fraction"),
-        "b.iou": results.single(0.55, "fraction"),
-        "level": results.single(0.45, "fraction"),
+def test_the_best_network_against_an_answer_without_training():
+    hard = RNG.normal(0.5, 0.3, 400)
+    a, b, c = (hard + shift + RNG.normal(0, 0.02, (3, 400)) for shift in (-0.1, 0.1, 0.05))
+    scores, groups = scores_of(a=a, b=b, c=c), np.arange(400) // 4
+    best, difference, above = comparison.lead(scores, "abc", "score", hard, groups)
+    assert best == "b" and above == 2 and difference.unit == results.POINTS
+    assert difference.value == pytest.approx(100 * (b.mean() - hard.mean()))
+    low, high = difference.ci95
+    assert 9 < low < difference.value < high < 11, "paired: hard samples do not widen it"
+    best, difference, above = comparison.lead(scores, "ab", "score", hard > 5, groups)  # bool
+    assert best == "b" and above == 2 and difference.value == pytest.approx(100 * b.mean())
+
+
+def test_every_baseline_has_its_cells():
+    known = {
+        "baseline.linear_probe_accuracy": 0.7,
+        "baseline.linear_probe_balanced_accuracy": 0.6,
+        "baseline.mean_mask_iou": 0.3,
     }
-    found = comparison.ahead(metrics, {"a": "first", "b": "second"}, "iou", "level")
-    assert found == ("second", "+10.0", 1)
+    metrics = {key: results.single(value, "fraction") for key, value in known.items()}
+    assert comparison.baseline_cells(metrics, "linear_probe") == ["70.0", "60.0", "–"]
+    assert comparison.baseline_cells(metrics, "mean_mask") == ["–", "–", "30.0"]
 
 
 def test_summaries_name_all_measures():
