@@ -159,6 +159,17 @@ def plot_confusions(found: Mapping, truth: np.ndarray, classes: Sequence[str]):
     return fig
 
 
+def worst_mistake(found: Sequence, truth: np.ndarray, classes: Sequence[str]) -> str:
+    """Say which class is most often taken for which other, of found classes (seeds, N)."""
+    shares = np.zeros((len(classes), len(classes)))
+    np.add.at(shares, (np.tile(truth, len(found)), np.concatenate(found)), 1)
+    shares /= shares.sum(axis=1, keepdims=True).clip(min=1)
+    np.fill_diagonal(shares, 0)
+    true, taken = np.unravel_index(shares.argmax(), shares.shape)
+    share = f"{100 * shares[true, taken]:.0f} %"
+    return f"{share} of the views of *{classes[true]}* are taken for *{classes[taken]}*"
+
+
 def benchmark_table(stored: Mapping) -> tuple[list[str], list[tuple], str]:
     """Headings, rows (a contender each) and caption of the stored benchmark of `tools.bench`."""
     labels = {

@@ -113,6 +113,15 @@ def test_every_baseline_has_its_cells():
     assert comparison.baseline_cells(metrics, "mean_mask") == ["–", "–", "30.0"]
 
 
+def test_the_worst_mistake_is_a_share_of_its_class():
+    truth = np.array([0] * 10 + [1] * 4 + [2] * 2)
+    first, second = truth.copy(), truth.copy()
+    first[:4] = 2  # 40 % and 0 % of class 0, a mean of 20 %
+    first[10:12], second[10] = 0, 0  # 50 % and 25 % of class 1
+    found = comparison.worst_mistake([first, second], truth, ("cat", "cup", "car"))
+    assert found == "38 % of the views of *cup* are taken for *cat*"
+
+
 def test_summaries_name_all_measures():
     scores = {
         ("a", seed): {
