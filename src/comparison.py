@@ -20,6 +20,13 @@ def gain(scores: Mapping, one: str, other: str, name: str, groups) -> Metric:
     return results.bootstrap(difference, groups, results.POINTS)
 
 
+def average(values: np.ndarray, groups, unit: str) -> Metric:
+    """As `results.bootstrap`, but without an interval where all values are one constant."""
+    if np.ptp(values) < 1e-4:  # as the spread of the regular grid: there is no doubt about it
+        return results.single(np.mean(values), unit)
+    return results.bootstrap(values, groups, unit)
+
+
 def balanced(correct: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Weight scores (..., N) so that their mean is the mean of the classes' own means."""
     counts = np.bincount(labels)

@@ -57,6 +57,14 @@ def test_photos_and_seeds_widen_the_interval():
     assert width(by_network, groups) > 0.1
 
 
+def test_a_constant_has_no_interval_and_few_digits():
+    groups, values = np.arange(6) // 2, 1.072984 + 1e-7 * RNG.random((2, 6))
+    found = comparison.average(values, groups, "positions")
+    assert f"{found:±}" == "1.07 positions"
+    values[0, 0] = 2
+    assert comparison.average(values, groups, "") == results.bootstrap(values, groups, "")
+
+
 def test_balanced_accuracy_is_the_mean_over_classes():
     labels = np.array([0] * 8 + [1] * 2 + [3] * 5)  # class 2 has no sample
     correct = np.zeros((2, 15))
