@@ -20,6 +20,13 @@ def gain(scores: Mapping, one: str, other: str, name: str, groups) -> Metric:
     return results.bootstrap(difference, groups, results.POINTS)
 
 
+def average(values: np.ndarray, groups, unit: str) -> Metric:
+    """As `results.bootstrap`, but without an interval where all values are one constant."""
+    if np.ptp(values) < 1e-4:  # as the spread of the regular grid: there is no doubt about it
+        return results.single(np.mean(values), unit)
+    return results.bootstrap(values, groups, unit)
+
+
 def balanced(correct: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Weight scores (..., N) so that their mean is the mean of the classes' own means."""
     counts = np.bincount(labels)
@@ -76,20 +83,30 @@ def train_and_val(metrics: Mapping, key: str, name: str, form: str) -> str:
     return " / ".join(format(value, form) for value in values)
 
 
-def ahead(metrics: Mapping, titles: Mapping, name: str, level: str) -> tuple[str, str, int]:
-    """Compare networks with a level.
+def baseline_cells(metrics: Mapping, name: str) -> list[str]:
+    """Accuracy, balanced accuracy and mask IoU of a baseline in percent, "–" where it has none."""
+    keys = (f"baseline.{name}_{measure}" for measure in ("accuracy", "balanced_accuracy", "iou"))
+    return [in_percent(metrics[key]) if key in metrics else "–" for key in keys]
+
+
+def lead(
+    scores: Mapping, keys: Iterable[str], name: str, level: np.ndarray, groups
+) -> tuple[str, Metric, int]:
+    """Compare networks with an answer that was scored on the same test samples.
 
     Args:
-        titles: {key: title} of the networks, whose metrics are `key.name`.
-        level: name of the metric to compare with.
+        level: its scores (N,).
+        groups: (N,), the photo of every sample.
 
     Returns:
-        The best network's title, its points above the level, and how many networks are above.
+        The network with the best mean, its paired lead in percentage points, and how many of the
+        networks have a better mean than the answer.
     """
-    values = {key: metrics[f"{key}.{name}"].value for key in titles}
-    best, mark = max(values, key=values.get), metrics[level].value
-    count = sum(value > mark for value in values.values())
-    return titles[best], f"{100 * (values[best] - mark):+.1f}", count
+    level, found = np.asarray(level, float), {key: by_seed(scores, key, name) for key in keys}
+    means = {key: values.mean() for key, values in found.items()}
+    best = max(means, key=means.get)
+    difference = results.bootstrap(found[best] - level, groups, results.POINTS)
+    return best, difference, sum(mean > level.mean() for mean in means.values())
 
 
 def plot_points(metrics: Mapping, panels: Mapping, kinds: Sequence[str], points: Sequence[int]):
@@ -147,6 +164,17 @@ def plot_confusions(found: Mapping, truth: np.ndarray, classes: Sequence[str]):
             np.add.at(matrix, (truth, answer), 1 / len(answers))
         plotting.confusion(ax, matrix.round().astype(int), classes, title)
     return fig
+
+
+def worst_mistake(found: Sequence, truth: np.ndarray, classes: Sequence[str]) -> str:
+    """Say which class is most often taken for which other, of found classes (seeds, N)."""
+    shares = np.zeros((len(classes), len(classes)))
+    np.add.at(shares, (np.tile(truth, len(found)), np.concatenate(found)), 1)
+    shares /= shares.sum(axis=1, keepdims=True).clip(min=1)
+    np.fill_diagonal(shares, 0)
+    true, taken = np.unravel_index(shares.argmax(), shares.shape)
+    share = f"{100 * shares[true, taken]:.0f} %"
+    return f"{share} of the views of *{classes[true]}* are taken for *{classes[taken]}*"
 
 
 def benchmark_table(stored: Mapping) -> tuple[list[str], list[tuple], str]:

@@ -57,6 +57,14 @@ def test_photos_and_seeds_widen_the_interval():
     assert width(by_network, groups) > 0.1
 
 
+def test_a_constant_has_no_interval_and_few_digits():
+    groups, values = np.arange(6) // 2, 1.072984 + 1e-7 * RNG.random((2, 6))
+    found = comparison.average(values, groups, "positions")
+    assert f"{found:±}" == "1.07 positions"
+    values[0, 0] = 2
+    assert comparison.average(values, groups, "") == results.bootstrap(values, groups, "")
+
+
 def test_balanced_accuracy_is_the_mean_over_classes():
     labels = np.array([0] * 8 + [1] * 2 + [3] * 5)  # class 2 has no sample
     correct = np.zeros((2, 15))
@@ -89,14 +97,37 @@ def test_compact_scores_hold_what_was_found():
     assert np.allclose(arrays["turned.b.mask_iou"], wanted, atol=1e-3)
 
 
-def test_the_best_network_against_a_level():
-    metrics = {
-        "a.iou": results.single(0.4, "fraction"),
-        "b.iou": results.single(0.55, "fraction"),
-        "level": results.single(0.45, "fraction"),
+def test_the_best_network_against_an_answer_without_training():
+    hard = RNG.normal(0.5, 0.3, 400)
+    a, b, c = (hard + shift + RNG.normal(0, 0.02, (3, 400)) for shift in (-0.1, 0.1, 0.05))
+    scores, groups = scores_of(a=a, b=b, c=c), np.arange(400) // 4
+    best, difference, above = comparison.lead(scores, "abc", "score", hard, groups)
+    assert best == "b" and above == 2 and difference.unit == results.POINTS
+    assert difference.value == pytest.approx(100 * (b.mean() - hard.mean()))
+    low, high = difference.ci95
+    assert 9 < low < difference.value < high < 11, "paired: hard samples do not widen it"
+    best, difference, above = comparison.lead(scores, "ab", "score", hard > 5, groups)  # bool
+    assert best == "b" and above == 2 and difference.value == pytest.approx(100 * b.mean())
+
+
+def test_every_baseline_has_its_cells():
+    known = {
+        "baseline.linear_probe_accuracy": 0.7,
+        "baseline.linear_probe_balanced_accuracy": 0.6,
+        "baseline.mean_mask_iou": 0.3,
     }
-    found = comparison.ahead(metrics, {"a": "first", "b": "second"}, "iou", "level")
-    assert found == ("second", "+10.0", 1)
+    metrics = {key: results.single(value, "fraction") for key, value in known.items()}
+    assert comparison.baseline_cells(metrics, "linear_probe") == ["70.0", "60.0", "–"]
+    assert comparison.baseline_cells(metrics, "mean_mask") == ["–", "–", "30.0"]
+
+
+def test_the_worst_mistake_is_a_share_of_its_class():
+    truth = np.array([0] * 10 + [1] * 4 + [2] * 2)
+    first, second = truth.copy(), truth.copy()
+    first[:4] = 2  # 40 % and 0 % of class 0, a mean of 20 %
+    first[10:12], second[10] = 0, 0  # 50 % and 25 % of class 1
+    found = comparison.worst_mistake([first, second], truth, ("cat", "cup", "car"))
+    assert found == "38 % of the views of *cup* are taken for *cat*"
 
 
 def test_summaries_name_all_measures():

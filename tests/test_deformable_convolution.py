@@ -798,26 +798,6 @@ def test_a_fresh_layer_is_an_ordinary_convolution(settings, modulation):
     ), "the usual ones at first"
 
 
-def test_offsets_are_bounded_where_asked():
-    x = torch.randn(2, 4, 5, 5, generator=torch.Generator().manual_seed(0))
-    torch.manual_seed(0)
-    free, bounded = (
-        nb.DeformConv2d(4, 4, 3, padding=1, modulation=True, max_offset=bound)
-        for bound in (None, 1.5)
-    )
-    for scale, close in ((100.0, False), (1e-3, True)):
-        nn.init.normal_(free.offset_branch.weight, std=scale)
-        bounded.load_state_dict(free.state_dict())
-        (offset, mask), (limited, same_mask) = free.offsets_and_mask(x), bounded.offsets_and_mask(x)
-        assert (
-            limited.abs().max() <= 1.5
-            and torch.equal(mask, same_mask)
-            and 0 <= mask.min() <= mask.max() <= 1
-        )
-        assert torch.allclose(limited, offset, atol=1e-5) == close
-        assert (limited.abs().max() > 1.49) != close and torch.equal(limited.sign(), offset.sign())
-
-
 def test_the_layer_hands_its_settings_to_the_operator():
     torch.manual_seed(0)
     layer = nb.DeformConv2d(
@@ -1056,7 +1036,7 @@ def head(key, profile="smoke"):
 def test_the_question_is_crossed():
     crossed = {f"{kind}_{k}" for kind in ("ordinary", "static", "deformable") for k in (1, 9, 25)}
     assert crossed <= set(nb.VARIANTS)
-    assert 10 <= len(nb.VARIANTS) <= 13
+    assert 10 <= len(nb.VARIANTS) <= 12
     for key in crossed:
         layer, kind = head(key).layers[-1][0], key.split("_")[0]
         assert math.prod(layer.kernel_size) == int(key.split("_")[1])
