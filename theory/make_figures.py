@@ -37,18 +37,9 @@ DEPTH, SEEDS, FIELD_SEEDS = 20, range(8), range(100)
 STYLE = {
     "svg.hashsalt": "theory",
     "svg.fonttype": "path",
-    "font.size": 10.5,
-    "axes.titlesize": 10.5,
-    "axes.labelsize": 10.5,
-    "xtick.labelsize": 10.5,
-    "ytick.labelsize": 10.5,
-    "legend.fontsize": 10.5,
-    "legend.title_fontsize": 10.5,
-    "text.color": INK,
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
+    **dict.fromkeys(("font.size", "axes.titlesize"), 10.5),
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor"), INK),
+    **dict.fromkeys(("xtick.color", "ytick.color"), INK),
 }
 BAR = [2 if u == 0 else -1 for v in (-1, 0, 1) for u in (-1, 0, 1)]  # the filter of 4.3, by rows
 TAPS = np.array([(u, v) for v in (-1, 0, 1) for u in (-1, 0, 1)])  # x before y
@@ -67,20 +58,10 @@ def canvas(height: float):
 def ground(fig) -> None:
     """Lay white with round corners below, so that the figure reads on a dark page as well."""
     fig.patch.set_alpha(0)
-    width, height = fig.get_size_inches()
-    fig.add_artist(
-        FancyBboxPatch(
-            (0.05, 0.05),
-            width - 0.1,
-            height - 0.1,
-            boxstyle="round,pad=0,rounding_size=0.1",
-            fc="white",
-            ec=GREY,
-            lw=0.8,
-            transform=fig.dpi_scale_trans,
-            zorder=-10,
-        )
-    )
+    width, height = fig.get_size_inches() - 0.1
+    style = dict(boxstyle="round,pad=0,rounding_size=0.1", fc="white", ec=GREY, lw=0.8, zorder=-10)
+    shape = FancyBboxPatch((0.05, 0.05), width, height, transform=fig.dpi_scale_trans, **style)
+    fig.add_artist(shape)
 
 
 def arrow(ax, start, end, colour=INK, bend: float = 0) -> None:
@@ -152,14 +133,9 @@ def receptive_field():
         else:
             ax.text(first - 65, y - 0.09, f"{axis.size:g}", ha="right", va="center", weight="bold")
         ax.text(33, y, f"jump {axis.jump:g}", ha="left", va="center")
-    ax.set(
-        ylim=(len(steps) - 0.4, -0.6),
-        xlim=(-21, 45),
-        yticks=range(len(steps)),
-        yticklabels=names,
-        xticks=range(-20, 31, 10),
-        xlabel="input pixels from the image's middle",
-    )
+    ax.set(xlim=(-21, 45), ylim=(len(steps) - 0.4, -0.6), xticks=range(-20, 31, 10))
+    ax.set(yticks=range(len(steps)), yticklabels=names)
+    ax.set_xlabel("input pixels from the image's middle")
     ax.spines[["top", "right", "left"]].set_visible(False)
     ax.tick_params(axis="y", length=0)
     fig.tight_layout(pad=1)
@@ -212,17 +188,9 @@ def field_on_photo():
         ax.set(xlim=(-16, 129), ylim=(129, -16))
         ax.spines[:].set_visible(False)
     axes[0].set_ylabel("y (pixels)")
-    first = axis.span(neurons[0])
-    label = f"{axis.size:g} × {axis.size:g}"
-    axes[0].text(
-        first[1] + 2,
-        first[0] - 3,
-        label,
-        ha="right",
-        va="bottom",
-        weight="bold",
-        bbox=dict(fc="white", ec="none", pad=1),
-    )
+    first, last = axis.span(neurons[0])
+    style = dict(ha="right", va="bottom", weight="bold", bbox=dict(fc="white", ec="none", pad=1))
+    axes[0].text(last + 2, first - 3, f"{axis.size:g} × {axis.size:g}", **style)
     fig.tight_layout(pad=1)
     return fig
 
@@ -324,32 +292,21 @@ def dense_block():
 
 
 class Stack(nn.Module):
-    """Stack `depth` layers of 3 × 3, plain, residual or dense; `outputs` keeps what each made."""
+    """Stack `DEPTH` layers of 3 × 3, plain, residual or dense; `outputs` keeps what each made."""
 
-    def __init__(
-        self,
-        kind: str,
-        normalised: bool,
-        depth: int = DEPTH,
-        width: int = 24,
-        growth: int = 8,
-        classes: int = 5,
-    ):
+    def __init__(self, kind: str, normalised: bool, width: int = 24, growth: int = 8):
         super().__init__()
         self.kind = kind
         layers, channels = [], width
-        for _ in range(depth):
+        for _ in range(DEPTH):
             made = growth if kind == "dense" else width
-            conv = nn.Conv2d(channels, made, 3, padding=1, bias=not normalised)
+            parts = [nn.Conv2d(channels, made, 3, padding=1, bias=not normalised)]
             if normalised:
-                nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-            layers.append(
-                nn.Sequential(conv, nn.BatchNorm2d(made), nn.ReLU())
-                if normalised
-                else nn.Sequential(conv, nn.ReLU())
-            )
+                nn.init.kaiming_normal_(parts[0].weight, nonlinearity="relu")
+                parts.append(nn.BatchNorm2d(made))
+            layers.append(nn.Sequential(*parts, nn.ReLU()))
             channels += made if kind == "dense" else 0
-        self.layers, self.head = nn.ModuleList(layers), nn.Linear(channels, classes)
+        self.layers, self.head = nn.ModuleList(layers), nn.Linear(channels, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         self.outputs = []
@@ -382,15 +339,8 @@ def measure() -> None:
             for layer, values in enumerate(profiles.T, 1):
                 key = f"{'batchnorm_he' if normalised else 'default'}.{kind}.layer_{layer:02d}"
                 metrics[key] = mean(values, "log10 of gradient norm relative to the last layer")
-    save_results(
-        "theory_gradients",
-        metrics,
-        profile="cpu",
-        source=None,
-        runtime=Runtime(torch.device("cpu")),
-        seeds=SEEDS,
-        seconds=time.time() - began,
-    )
+    about = dict(profile="cpu", source=None, runtime=Runtime(torch.device("cpu")), seeds=SEEDS)
+    save_results("theory_gradients", metrics, **about, seconds=time.time() - began)
 
 
 def gradients():
@@ -424,8 +374,7 @@ def gradients():
 
 def pixels(ax, reach: int) -> None:
     """Show positions from `-reach` to `reach` around the output position, y downwards."""
-    edge = reach + 0.5
-    ticks = (-reach, 0, reach)
+    edge, ticks = reach + 0.5, (-reach, 0, reach)
     ax.set(xlim=(-edge, edge), ylim=(edge, -edge), aspect="equal", xticks=ticks, yticks=ticks)
     ax.spines[:].set_color(GREY)
     ax.tick_params(length=0)
@@ -456,11 +405,9 @@ def deformable_sampling():
     axes[0].set_ylabel("y (pixels)")
     axes[1].set_xlabel("x from the output position (pixels)")
     fig.tight_layout(pad=1, rect=(0, 0.1, 1, 1), w_pad=0.4)
-    labels = ((GREY, "pixel"), (BLUE, "on a pixel"), (ORANGE, "between pixels"))
-    handles = [
-        Line2D([], [], ls="", marker="o", ms=5, mfc=colour, mec=colour, label=label)
-        for colour, label in labels
-    ]
+    handles = []
+    for colour, label in ((GREY, "pixel"), (BLUE, "on a pixel"), (ORANGE, "between pixels")):
+        handles.append(Line2D([], [], ls="", marker="o", ms=5, color=colour, label=label))
     place = dict(loc="lower center", bbox_to_anchor=(0.5, 0.01), frameon=False)
     fig.legend(handles=handles, ncols=3, handletextpad=0.1, columnspacing=1, **place)
     return fig
@@ -504,16 +451,8 @@ def offset_branch():
         style = dict(fc=face, ec=ORANGE, lw=1)
         ax.add_patch(Rectangle((31 + 0.7 * i, 15.2 + 0.7 * i), 7, 7, **style))
     middle(ax, 37.3, 21.5, "2K\noffset\nmaps", linespacing=1.0)
-    box(
-        ax,
-        17.5,
-        5.6,
-        17,
-        6.4,
-        "sample at the shifted\npositions, times\nthe weights",
-        edge=BLUE,
-        linespacing=1.05,
-    )
+    label = "sample at the shifted\npositions, times\nthe weights"
+    box(ax, 17.5, 5.6, 17, 6.4, label, edge=BLUE, linespacing=1.05)
     for i in range(3):
         ax.add_patch(Rectangle((41 + 0.7 * i, 4.6 + 0.7 * i), 7, 7, fc="white", ec=INK, lw=1))
     middle(ax, 45.9, 9.5, "output")
