@@ -18,6 +18,7 @@ from src.provenance import object_digest
 
 CHECKPOINTS = ROOT / "data" / "checkpoints"
 TIMED = 10  # steps from which a training's time is estimated
+LONG = 180  # seconds from which on that is said
 
 
 class RunningMean:
@@ -132,8 +133,7 @@ def fit(
         runtime: device and precision.
         ema_decay: where given, weights averaged over the steps with this decay (Polyak and Juditsky
             1992) are validated and kept instead of the last ones.
-        quiet: whether to leave out the lines that are printed for every epoch and, after the first
-            steps of a long training, on its time.
+        quiet: whether to leave out the line that is printed for every epoch.
 
     Returns:
         The history, with keys `train_*` from `step`, `val_*` from `validate`, and `seconds`.
@@ -180,7 +180,7 @@ def fit(
                 means.add(values, n)
             if average:
                 _update_average(average, model, ema_decay, stepper.steps)
-            if number == TIMED and epoch == begun and not quiet:
+            if number == TIMED and epoch == begun:
                 _say_time(name, pace.lap() / TIMED * len(of_epoch) * (epochs - epoch))
         row = {f"train_{key}": value for key, value in means.result().items()}
         if not all(abs(value) < float("inf") for value in row.values()):
@@ -213,7 +213,7 @@ def fit(
 
 def _say_time(name: str, seconds: float) -> None:
     """Say how long a training takes, where that is long."""
-    if seconds >= 60:
+    if seconds >= LONG:
         print(
             f"{name}: about {seconds / 60:.0f} min on this machine, at the pace of its first "
             f"{TIMED} steps; HW3_PROFILE=demo asks for less"
