@@ -13,7 +13,7 @@ from src.views import make_canvases
 from tools.notebooks import definitions
 
 NAME, NOTEBOOK = "drawn_network", "detect_change"
-SIZE = dict(image_side=64, channels=(16, 32, 64, 128), epochs=5, steps=500)
+SIZE = dict(image_side=64, channels=(16, 32, 64, 128), epochs=4, steps=500)
 SMOKE = dict(image_side=32, channels=(4, 8, 12, 16), epochs=2, steps=2, val_pairs=32, photos=8)
 
 
