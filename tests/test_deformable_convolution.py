@@ -1264,7 +1264,8 @@ def test_the_contenders_take_their_own_paths(monkeypatch):
 
 def test_the_benchmark_stores_what_it_prints(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("src.results.ROOT", tmp_path)
-    path = bench.run(TINY, CPU, memory=False)
+    monkeypatch.setattr(bench, "peak_megabytes", lambda *_: None)
+    path = bench.run(TINY, CPU)
     stored = json.loads(path.read_text())
     assert path == tmp_path / "reports" / "results" / "deformable_benchmark.json"
     assert (

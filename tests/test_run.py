@@ -130,7 +130,7 @@ def test_a_failing_cell_is_named_and_what_ran_before_it_is_kept(project, tmp_pat
     before = (notebooks.FOLDER / "broken.ipynb").read_bytes()
     message = "broken, cell 2 failed: ZeroDivisionError: division by zero. What ran before is in "
     with pytest.raises(ProjectError, match=message + "reports/unfinished/broken.ipynb"):
-        run.run("broken", tmp_path)
+        run.run("broken")
     assert (notebooks.FOLDER / "broken.ipynb").read_bytes() == before
     kept = nbformat.read(tmp_path / "reports" / "unfinished" / "broken.ipynb", as_version=4)
     assert [o.output_type for o in outputs(kept)] == ["stream", "error"]

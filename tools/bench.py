@@ -26,7 +26,6 @@ from src.results import Metric
 from tools.notebooks import definitions
 
 NAME, NOTEBOOK = "deformable_benchmark", "deformable_convolution"
-CONTENDERS = ("ours", "torchvision", "conv", "readable", "grid_sample")
 SLOW = ("readable", "grid_sample")  # take part in every second round
 RATIOS = ("ours_over_conv", "torchvision_over_ours")  # of which geometric means are given
 
@@ -55,26 +54,22 @@ def grid_sample_convolution(input, offset, weight):
     y = y[:, None] + (taps // 3 - 1)[:, None, None] + shift[:, :, 0]  # (N, 9, H, W)
     x = x + (taps % 3 - 1)[:, None, None] + shift[:, :, 1]
     grid = torch.stack([2 * x / (width - 1) - 1, 2 * y / (height - 1) - 1], dim=-1).flatten(1, 2)
-    samples = F.grid_sample(
-        input, grid, mode="bilinear", padding_mode="zeros", align_corners=True
-    )  # (N, C, 9 * H, W)
-    return (weight.flatten(1) @ samples.view(batch, -1, height * width)).view(
-        batch, -1, height, width
-    )
+    samples = F.grid_sample(input, grid, align_corners=True)  # (N, C, 9 * H, W)
+    out = weight.flatten(1) @ samples.view(batch, -1, height * width)
+    return out.view(batch, -1, height, width)
 
 
 def contenders():
     """The functions of (input, offset, weight) that are compared, kernel 3 and padding 1."""
     fast, readable = definitions(NOTEBOOK), definitions(NOTEBOOK)
     readable.fast_product = readable.sampled_product
-    functions = (
-        functools.partial(fast.deform_conv2d, padding=1),
-        functools.partial(torchvision.ops.deform_conv2d, padding=1),
-        lambda input, offset, weight: F.conv2d(input, weight, padding=1),
-        functools.partial(readable.deform_conv2d, padding=1),
-        grid_sample_convolution,
-    )
-    return dict(zip(CONTENDERS, functions))
+    return {
+        "ours": functools.partial(fast.deform_conv2d, padding=1),
+        "torchvision": functools.partial(torchvision.ops.deform_conv2d, padding=1),
+        "conv": lambda input, offset, weight: F.conv2d(input, weight, padding=1),
+        "readable": functools.partial(readable.deform_conv2d, padding=1),
+        "grid_sample": grid_sample_convolution,
+    }
 
 
 def inputs(shape, config, runtime):
@@ -217,44 +212,28 @@ def table(shapes, names, metrics):
     return results.table(headings, rows)
 
 
-def run(config, runtime, memory=True):
+def run(config, runtime):
     """Measure everything, print a table and store the numbers; give the results file's path."""
-    clock, functions = device.Stopwatch(runtime), contenders()
-    seconds, peaks, threads = {}, {}, torch.get_num_threads()
-    try:
-        torch.set_num_threads(config.threads)
-        print(f"Forward and backward, 3x3, {runtime.describe()}, {config.rounds} rounds.")
-        print(
-            "readable is the notebook's sampled_product; peak is the memory that one call takes "
-            "beside its inputs."
-        )
-        for shape in config.shapes:
-            seconds[name_of(shape)] = time_shape(functions, shape, config, runtime)
-            for name in functions if memory else ():
-                peak = peak_megabytes(name, shape, config, runtime)
-                if peak is not None:
-                    peaks[name_of(shape), name] = peak
-        metrics = measures(config.shapes, seconds, peaks)
-        print(table(config.shapes, functions, metrics))
-        if not peaks:
-            why = ": this system does not tell it." if memory else "."
-            print(f"Peak memory was not measured{why}")
-        for ratio in RATIOS:
-            mean = metrics[f"geometric_mean.{ratio}"].value
-            print(f"geometric mean over the shapes, {ratio.replace('_', ' ')}: {mean:.2f}")
-        return results.save_results(
-            NAME,
-            metrics,
-            profile="bench",
-            source=None,
-            runtime=runtime,
-            seeds=[config.seed],
-            seconds=clock.lap(),
-            config=config,
-            fingerprint=provenance.code_fingerprint(ROOT / "notebooks" / f"{NOTEBOOK}.ipynb"),
-        )
-    finally:
-        torch.set_num_threads(threads)
+    clock, functions, seconds, peaks = device.Stopwatch(runtime), contenders(), {}, {}
+    torch.set_num_threads(config.threads)
+    print(f"Forward and backward, 3x3, {runtime.describe()}, {config.rounds} rounds.")
+    print("readable: the notebook's sampled_product; peak: memory of one call beside its inputs.")
+    for shape in config.shapes:
+        seconds[name_of(shape)] = time_shape(functions, shape, config, runtime)
+        for name in functions:
+            peak = peak_megabytes(name, shape, config, runtime)
+            if peak is not None:
+                peaks[name_of(shape), name] = peak
+    metrics = measures(config.shapes, seconds, peaks)
+    print(table(config.shapes, functions, metrics))
+    if not peaks:
+        print("Peak memory was not measured: this system does not tell it.")
+    for ratio in RATIOS:
+        mean = metrics[f"geometric_mean.{ratio}"].value
+        print(f"geometric mean over the shapes, {ratio.replace('_', ' ')}: {mean:.2f}")
+    code = provenance.code_fingerprint(ROOT / "notebooks" / f"{NOTEBOOK}.ipynb")
+    about = dict(profile="bench", source=None, runtime=runtime, seeds=[config.seed], config=config)
+    return results.save_results(NAME, metrics, **about, seconds=clock.lap(), fingerprint=code)
 
 
 def main(arguments=None) -> int:

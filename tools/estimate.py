@@ -243,13 +243,10 @@ def deformable_convolution(config) -> Work:
     fixed = (val + test) * config.test_views
     seeds, fine = len(config.seeds), len(config.fine_seeds)
 
-    def backbone():
-        return backbones.load_backbone("efficientnet_lite0", pretrained=False)
-
     class Extractor(nn.Module):
         def __init__(self):
             super().__init__()
-            self.backbone = backbone()
+            self.backbone = backbones.load_backbone("efficientnet_lite0", pretrained=False)
 
         def forward(self, x):
             return self.backbone.feature_maps(x, objects.STRIDES)
@@ -283,6 +280,7 @@ def deformable_convolution(config) -> Work:
         parts.append((f"evaluations of {key}", cost, trainings * scored / batch))
     size, n = config.fine_side, min(config.fine_images, train)
     nb.copy = types.SimpleNamespace(deepcopy=lambda network: network)  # fake tensors have no copy
+    updates, scored = fine * config.fine_epochs * n, fine * (config.fine_epochs * val + test)
     for kind in ("ordinary", "dilated", "deformable"):
 
         def network(kind=kind):
@@ -293,10 +291,9 @@ def deformable_convolution(config) -> Work:
             return (torch.rand(batch, 3, size, size),)
 
         cost = training_step(network, inputs, functools.partial(loss, size=size))
-        parts.append((f"fine-tuning, {kind}", cost, fine * config.fine_epochs * n / batch))
-        scored = config.fine_epochs * val + test
-        parts.append((f"its evaluation, {kind}", forward(network, inputs, half=False),
-                      fine * scored / batch))  # fmt: skip
+        parts.append((f"fine-tuning, {kind}", cost, updates / batch))
+        cost = forward(network, inputs, half=False)
+        parts.append((f"its evaluation, {kind}", cost, scored / batch))
     view = 2 * sum(map(math.prod, shapes)) + (side // 2) ** 2
     crops = 4 * int(objects.STORED * side) ** 2 * 2 * found
     stored = 2 * (train * config.views + fixed) * view
@@ -323,11 +320,10 @@ def detect_change(config) -> Work:
                 points = F.grid_sample(windows, grid, align_corners=False)
                 return [nb.augment(half) for half in F.avg_pool2d(points, 2).chunk(2, dim=2)]
 
-        window = int(2.2 * side)
-        made = torch.Size([batch, 2 * 2 * size, 2 * size, 2])
-        return forward(
-            Fresh, lambda: (torch.rand(batch, 3, window, window), torch.rand(made)), half=False
-        )
+        def inputs(window=int(2.2 * side)):
+            return torch.rand(batch, 3, window, window), torch.rand(batch, 4 * size, 2 * size, 2)
+
+        return forward(Fresh, inputs, half=False)
 
     def build():
         return nb.build(config)

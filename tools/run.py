@@ -49,14 +49,13 @@ class _Kernel(AsyncKernelManager):
         return KernelSpec(**get_kernel_dict(["--log-level=ERROR"]))
 
 
-def run(name: str, folder: Path | None = None) -> nbformat.NotebookNode:
+def run(name: str) -> nbformat.NotebookNode:
     """Run a notebook top to bottom in a fresh kernel and give it back with its outputs.
 
     After every cell, the outputs so far are written to `reports/unfinished/`.
 
     Args:
         name: The notebook's, without folder and ending.
-        folder: The kernel's working directory, `notebooks/` by default.
 
     Raises:
         ProjectError: A cell fails, or the kernel does; names the cell and the error. The traceback
@@ -73,7 +72,7 @@ def run(name: str, folder: Path | None = None) -> nbformat.NotebookNode:
         record_timing=False,
         kernel_name="python3",
         kernel_manager_class=_Kernel,
-        resources={"metadata": {"path": str(folder or notebooks.FOLDER)}},
+        resources={"metadata": {"path": str(notebooks.FOLDER)}},
     )
     total = sum(cell.cell_type == "code" for cell in notebook.cells)
     form = "{desc}: cell {n_fmt} of {total_fmt} |{bar:20}| {elapsed}{postfix}"
@@ -89,7 +88,9 @@ def run(name: str, folder: Path | None = None) -> nbformat.NotebookNode:
             client.execute()
         except CellExecutionError as error:
             print(f"\n{error}", file=sys.stderr)
-            failed = f"cell {_failed_cell(notebook)} failed: {error.ename}: {error.evalue}"
+            outputs = [cell.get("outputs", []) for cell in notebook.cells]
+            broken = [any(one.output_type == "error" for one in shown) for shown in outputs]
+            failed = f"cell {broken.index(True) + 1} failed: {error.ename}: {error.evalue}"
         except DeadKernelError:
             failed = "the kernel died (out of memory?)."
         except RuntimeError as error:  # it did not start
@@ -102,15 +103,6 @@ def run(name: str, folder: Path | None = None) -> nbformat.NotebookNode:
             return notebook
     kept = f" What ran before is in {UNFINISHED}/{name}.ipynb." if unfinished.is_file() else ""
     raise ProjectError(f"{name}, {failed.rstrip('. ')}.{kept}")
-
-
-def _failed_cell(notebook) -> int:
-    """Give the number of the cell that holds an error."""
-    return next(
-        number
-        for number, cell in enumerate(notebook.cells, 1)
-        if any(output.output_type == "error" for output in cell.get("outputs", []))
-    )
 
 
 def store(name: str, notebook: nbformat.NotebookNode) -> list[str]:

@@ -15,8 +15,8 @@ _RICHEST = (
     *("text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "image/gif"),
     *("image/webp", "text/latex", "text/plain"),
 )
-_ESCAPES = re.compile(  # links and titles of a terminal, its colours, single escapes
-    r"\x1b\][^\x07\x1b]*(?:\x07|\x1b\\|$)|\x1b\[[0-?]*[ -/]*[@-~]|\x1b[^\[\]]?"
+_CONTROL = re.compile(  # links and titles of a terminal, its colours, single characters
+    r"\x1b\][^\x07\x1b]*(?:\x07|\x1b\\|$)|\x1b\[[0-?]*[ -/]*[@-~]|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]"
 )
 _OBJECT = re.compile(r"<[^<>\n]*>\Z")  # what Python prints of an object that has a richer form
 
@@ -67,8 +67,8 @@ def _code(cell) -> str:
 
 def _outputs(page: Page, cell, left_out: list[str]) -> str:
     """Show what a cell printed and displayed; a picture with the caption that follows it."""
-    outputs, shown = _merged(cell.outputs), []
-    for output in outputs:
+    shown = []
+    for output in _merged(cell.outputs):
         text = output.get("data", {}).get("text/markdown", "")
         part = _output(page, output, left_out)
         if text.startswith("**Figure ") and shown and shown[-1].startswith('<p class="figure">'):
@@ -140,22 +140,10 @@ def _form(page: Page, mime: str, output) -> str:
 def last_state(text: str) -> str:
     """Give what a terminal shows at the end.
 
-    A carriage return overwrites the line, so that a progress bar keeps its last state, a backspace
-    the character before it; colours and other control characters go.
+    A carriage return overwrites the line, so that a progress bar keeps its last state; colours and
+    other control characters go.
     """
-    lines, row, fresh = [""], 0, True
-    for piece in filter(None, re.split(r"(\r|\n|\x1b\[A)", text)):
-        if piece in ("\r", "\n", "\x1b[A"):
-            row, fresh = max(0, row + {"\r": 0, "\n": 1, "\x1b[A": -1}[piece]), True
-            lines += [""] * (row == len(lines))
-        elif plain := _ESCAPES.sub("", piece):
-            kept = [] if fresh else list(lines[row])
-            for character in plain:
-                if character == "\b":
-                    del kept[-1:]
-                elif character == "\t" or character >= " ":
-                    kept.append(character)
-            lines[row], fresh = "".join(kept), False
+    lines = [line.rstrip("\r").rpartition("\r")[2] for line in _CONTROL.sub("", text).split("\n")]
     return "\n".join(line.rstrip() for line in lines).strip("\n")
 
 

@@ -28,11 +28,15 @@ _REQUESTING = {"src", "srcset", "data", "poster", "background", "href", "xlink:h
 _LOADING_CSS = re.compile(r"@import|url\(\s*['\"]?(?!data:|#)", re.I)
 _SCHEME = re.compile(r"[a-z][a-z+.-]*:|//", re.I)
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
-_FORMULA = r'[(\[]*<math [^>]*"inline">.*?</math>[^\s<]*'
-_NAME = r"\b[A-Z]-[A-Z]\w+(?![^<]*>)"  # such as U-Net
-_SIZE = r"(?<=\d) ([×→]) (?=\d)"
-_FIGURE = r"<p>(<img [^>]*>)</p>\s*<p><em>(Figure .+?)</em></p>"  # an image, its caption below
-_FIGURE_HTML = r"<figure>\1<figcaption><p>\2</p></figcaption></figure>"
+_IN_ONE_LINE = r'<span class="tex">\g<0></span>'
+_TYPOGRAPHY = {  # what is replaced in a page, by what
+    r'[(\[]*<math [^>]*"inline">.*?</math>[^\s<]*': _IN_ONE_LINE,  # a formula, its punctuation
+    r"\b[A-Z]-[A-Z]\w+(?![^<]*>)": _IN_ONE_LINE,  # a name such as U-Net
+    r"(?<=\d) ([×→]) (?=\d)": "\u00a0\\1\u00a0",  # a size
+    r"<p>(<img [^>]*>)</p>\s*<p><em>(Figure .+?)</em></p>": (  # an image, its caption below
+        r"<figure>\1<figcaption><p>\2</p></figcaption></figure>"
+    ),
+}
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="source-sha256" content="{source}">
@@ -94,12 +98,10 @@ class Page(mistune.HTMLRenderer):
 
     def prose(self, text: str) -> str:
         """Render Markdown; formulas with their punctuation, and sizes, stay in one line."""
-        page = re.sub(
-            _FORMULA, r'<span class="tex">\g<0></span>', self.markdown(_UNPRINTABLE.sub("", text))
-        )
-        page = re.sub(_NAME, r'<span class="tex">\g<0></span>', page)
-        page = re.sub(_SIZE, "\u00a0\\1\u00a0", page)
-        return self.checked(re.sub(_FIGURE, _FIGURE_HTML, page))
+        page = self.markdown(_UNPRINTABLE.sub("", text))
+        for pattern, replacement in _TYPOGRAPHY.items():
+            page = re.sub(pattern, replacement, page)
+        return self.checked(page)
 
     def checked(self, fragment: str) -> str:
         """Embed the files that HTML names, point its links to pages, and close its tags.
@@ -203,14 +205,8 @@ class Page(mistune.HTMLRenderer):
                 raise ProjectError(f"{place}: a link to #{target}, but no heading has this anchor")
         toc = render_toc_ul([heading for heading in self.headings if heading[0] in (2, 3)])
         nav = f'<nav aria-label="Contents">\n<p>Contents</p>\n{toc}</nav>\n' if toc else ""
-        page = _PAGE.format(
-            title=html.escape(title),
-            source=digest(*sources),
-            style=_style(),
-            kind=self.kind,
-            nav=nav,
-            body=body,
-        )
+        parts = {"title": html.escape(title), "source": digest(*sources), "style": _style()}
+        page = _PAGE.format(**parts, kind=self.kind, nav=nav, body=body)
         write_whole(self.out, _UNPRINTABLE.sub("", page).encode())
 
 

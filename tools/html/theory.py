@@ -16,34 +16,26 @@ def parts() -> list[Path]:
     return sorted(folder.glob("[0-9]*.md")) + sorted(folder.glob("SOURCES.md"))
 
 
-def theory_to_html(
-    out: Path, files: list[Path] | None = None, texts: dict[str, str] | None = None
-) -> None:
+def theory_to_html(out: Path, texts: dict[str, str] | None = None) -> None:
     """Write all parts of the theory as one HTML page with a table of contents.
 
     Args:
         out: The file to write.
-        files: The parts in order; by default `theory/[0-9]*.md`, then `theory/SOURCES.md`.
         texts: Texts that replace those of the files, by name, such as a filled-in first page.
 
     Raises:
         ProjectError: As `notebook_to_html`, naming the part; or there is no part.
     """
-    files = parts() if files is None else [Path(file) for file in files]
+    files = parts()
     if not files:
         raise ProjectError(
             f"no theory to show: {ROOT / 'theory'} holds no file named like 1_name.md"
         )
-    page, body = (
-        Page("theory", files[0].resolve().parent, out, level=1),
-        "<h1>Theory answers</h1>\n",
-    )
+    page, body = Page("theory", ROOT / "theory", out, level=1), "<h1>Theory answers</h1>\n"
     for file in files:
-        page.place, page.folder, page.prefix = file.name, file.resolve().parent, f"{file.stem}-"
-        page.level = 1
+        page.place, page.prefix, page.level = file.name, f"{file.stem}-", 1
         page.ids.add(file.stem)
-        text = (texts or {}).get(file.name) or file.read_text(encoding="utf-8")
-        text = page.prose(text)
+        text = page.prose((texts or {}).get(file.name) or file.read_text(encoding="utf-8"))
         body += f'<section id="{file.stem}" class="prose">\n{text}</section>\n'
     page.write("Theory", body, *files)
 

@@ -25,7 +25,7 @@ FILES = (
 )
 MODEL_LIMIT = 8 * 2**20  # bytes; larger models are left out and named
 _STUDENTS_LINE = re.compile(r"^\*To be filled in by the student\b[^\n]*$", re.M)
-_COVER_LINE = r"^\| {} \| \*filled in by [^|]*\|$"
+_COVER_LINE = re.compile(r"^\| (Student|Student number) \| \*filled in by [^|]*\|$", re.M)
 
 
 def build(name: str, number: str, collaborators: str = "", allow_standin: bool = False) -> Path:
@@ -44,9 +44,8 @@ def build(name: str, number: str, collaborators: str = "", allow_standin: bool =
     sources, runs = sources_page(collaborators), checks.find_runs(allow_standin)
     if found := checks.problems(runs, allow_standin):
         raise ProjectError("not ready to be handed in:\n" + "".join(f"  {x}\n" for x in found))
-    stored = map(load_results, checks.results_of(runs))
-    marked = any(run.trial for run in runs) or any(map(checks.is_trial, stored))
-    path = ROOT / f"{stem(name, number, marked)}.zip"
+    kinds = [run.about for run in runs] + [load_results(path) for path in checks.results_of(runs)]
+    path = ROOT / f"{stem(name, number, any(map(checks.is_trial, kinds)))}.zip"
     files = collect(runs, {"SOURCES.md": sources} | first_page(name, number))
     with replacing(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as zip:
         for file, data in sorted(files.items()):
@@ -119,11 +118,8 @@ def first_page(name: str, number: str) -> dict[str, str]:
     path = ROOT / "theory" / "0_answers.md"
     if not path.is_file():
         return {}
-    text = path.read_text(encoding="utf-8")
-    for label, value in (("Student", name), ("Student number", number)):
-        line = f"| {label} | {value.strip()} |"
-        text = re.sub(_COVER_LINE.format(label), lambda _, line=line: line, text, flags=re.M)
-    return {path.name: text}
+    values, text = {"Student": name, "Student number": number}, path.read_text(encoding="utf-8")
+    return {path.name: _COVER_LINE.sub(lambda m: f"| {m[1]} | {values[m[1]].strip()} |", text)}
 
 
 def collect(runs: list[Run], texts: dict[str, str]) -> dict[str, bytes]:
@@ -166,9 +162,7 @@ def _files(folder: Path) -> list[Path]:
 
 def _theory(scratch: Path, texts: dict[str, str]) -> dict[str, bytes]:
     """Make the theory's page, and its PDF and page images where a browser is installed."""
-    folder = ROOT / "theory"
-    parts = [*sorted(folder.glob("[0-9]*.md")), folder / "SOURCES.md"]
-    theory_to_html(scratch / "theory.html", parts, texts)
+    theory_to_html(scratch / "theory.html", texts)
     files, images = {"reports/theory.html": (scratch / "theory.html").read_bytes()}, scratch / "im"
     try:
         theory_images(images, texts)

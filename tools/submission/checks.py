@@ -4,8 +4,8 @@ A check is a function of a run, or of all runs, that yields one line per problem
 `RUN_CHECKS` or to `problems`.
 """
 
+import json
 import re
-import subprocess
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,7 +34,9 @@ MACHINE_PATH = re.compile(
     r"(?<![\w.-])/(?:home|Users|root|tmp|work|var/folders)/[^\s'\"<>]*"
     r"|\b[A-Za-z]:[\\/]+Users[\\/][^\s'\"<>]*"
 )
-_ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+_NO_TEXT = re.compile(  # in JSON: encoded media, colours of a terminal, white space
+    r'"(?:image/(?!svg)|audio/|video/)[^"]*": "[^"]*"|\\u001b\[[0-9;]*[A-Za-z]|\\[nrt]'
+)
 
 
 @dataclass(frozen=True)
@@ -133,22 +135,9 @@ def _cell_problems(run: Run) -> Iterator[str]:
 
 def machine_path(value) -> str | None:
     """Find a path of this machine in an output or a result; a picture's bytes do not count."""
-    text = "\n".join(_texts(value))
+    text = _NO_TEXT.sub(" ", json.dumps(value, ensure_ascii=False))
     found = MACHINE_PATH.search(text)
     return found[0] if found else str(ROOT) if str(ROOT) in text else None
-
-
-def _texts(value) -> Iterator[str]:
-    if isinstance(value, str):
-        yield _ANSI.sub("", value)
-    elif isinstance(value, dict):
-        for key, entry in value.items():
-            encoded = key.startswith(("image/", "audio/", "video/")) and key != "image/svg+xml"
-            if not (encoded and isinstance(entry, str)):
-                yield from _texts(entry)
-    elif isinstance(value, list):
-        for entry in value:
-            yield from _texts(entry)
 
 
 def order_problems(run: Run) -> Iterator[str]:
@@ -182,22 +171,9 @@ def _code_problems(run: Run) -> Iterator[str]:
         return
     source, made = notebooks.FOLDER / f"{run.name}.ipynb", stored.get("fingerprint")
     if any(code_fingerprint(path, folder=ROOT) != made for path in {source, run.path}):
-        changed = _changed_since(stored.get("commit"), source)
-        yield f"{run.place}: its results are older than its code{changed}; run the notebook again"
+        yield f"{run.place}: its results are older than its code; run the notebook again"
     elif run.about.get("fingerprint") != made:
         yield f"{run.place}: outputs and {relative(run.result)} are of two runs; run it again"
-
-
-def _changed_since(commit, *paths: Path) -> str:
-    """Name the files that differ from a commit, where git can tell; it decides nothing."""
-    command = ["git", "diff", "--name-only", "--relative", str(commit), "--", "src", *paths]
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return f" (changed since: {', '.join(done.stdout.split())})" if done.stdout.split() else ""
 
 
 def _notebook_answers(run: Run) -> Iterator[str]:
@@ -219,13 +195,8 @@ RUN_CHECKS = (_cell_problems, order_problems, page_problems, _code_problems, _no
 
 def results_of(runs: list[Run]) -> list[Path]:
     """List the results that go with these runs; a stand-in run's replaces that of the real data."""
-    replaced = {
-        reports_folder() / "results" / run.result.name
-        for run in runs
-        if run.reports != reports_folder()
-    }
-    own = {run.result for run in runs if run.result.is_file()}
-    return sorted(set(reports_folder().glob("results/*.json")) - replaced | own)
+    results = [*reports_folder().glob("results/*.json"), *(run.result for run in runs)]
+    return sorted({path.name: path for path in results if path.is_file()}.values())
 
 
 def _result_problems(runs: list[Run], allow_standin: bool) -> Iterator[str]:
@@ -298,12 +269,10 @@ def unanswered(blocks: Iterable[Block]) -> list[Block]:
         if block.kind == "text":
             waiting = []
             continue
-        ended = [
-            b
-            for b in waiting
-            if (block.kind == "heading" and block.level <= b.level)
-            or block.kind == b.kind == "quote"
-        ]
+        if block.kind == "heading":
+            ended = [b for b in waiting if block.level <= b.level]
+        else:
+            ended = [b for b in waiting if b.kind == "quote"]
         empty += ended
         waiting = [b for b in waiting if b not in ended] + [block]
     return empty + waiting

@@ -7,7 +7,7 @@ import subprocess
 import tempfile
 import venv
 import zipfile
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from src import ROOT, ProjectError, results, settings
 from tools.submission.archive import manifest
@@ -20,15 +20,14 @@ def find_archive(given: str) -> Path:
     found = [Path(given)] if given else sorted(ROOT.glob("HW3-*.zip"))
     if len(found) != 1:
         raise ProjectError(
-            f"{len(found)} archives HW3-*.zip in the project's folder: name one, make rerun ZIP=…"
-            if found
-            else "there is no archive HW3-*.zip in the project's folder: make submission first"
+            f"{len(found)} archives HW3-*.zip in the project's folder: make submission first, or "
+            "name one, make rerun ZIP=…"
         )
     return found[0]
 
 
 def unpack(path: Path, folder: Path) -> Path:
-    """Unpack an archive after checking that it stays in its folder and is what its manifest says.
+    """Unpack an archive and check that it is one folder and what its manifest says.
 
     Args:
         path: The archive.
@@ -38,23 +37,20 @@ def unpack(path: Path, folder: Path) -> Path:
         The project's folder in it.
 
     Raises:
-        ProjectError: The file cannot be read, leaves its folder, or differs from its manifest.
+        ProjectError: The file cannot be read, or differs from its manifest.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            files = {entry.filename: archive.read(entry) for entry in archive.infolist()}
-            top = PurePosixPath(next(iter(files), "")).parts[:1]
-            for name in files:
-                parts = PurePosixPath(name).parts
-                if parts[:1] != top or len(parts) < 2 or {"/", ".."} & set(parts) or "\\" in name:
-                    raise ProjectError(f"{path.name} holds {name!r}, outside of one folder")
-            archive.extractall(folder)
+            archive.extractall(folder)  # never outside of it, whatever the names
     except (OSError, zipfile.BadZipFile) as error:
         raise ProjectError(f"{path.name} cannot be unpacked: {error}") from error
-    inside = {name.partition("/")[2]: data for name, data in files.items()}
-    if inside.pop("MANIFEST", None) != manifest(inside):
+    tops, files = list(folder.glob("*")), {}
+    for file in folder.rglob("*"):
+        if file.is_file():
+            files[file.relative_to(folder).as_posix().partition("/")[2]] = file.read_bytes()
+    if len(tops) != 1 or files.pop("MANIFEST", None) != manifest(files):
         raise ProjectError(f"{path.name} is not what its MANIFEST says")
-    return folder.joinpath(*top)
+    return tops[0]
 
 
 def make_environment(project: Path, folder: Path) -> Path:
@@ -85,9 +81,8 @@ def _variables() -> dict[str, str]:
 
 def _result(project: Path, name: str) -> Path:
     """Find a notebook's results file, of real data or else of the stand-in."""
-    places = [
-        project / "reports" / kind / "results" / f"{name}.json" for kind in ("", "standin", "demo")
-    ]
+    folders = [project / "reports" / kind / "results" for kind in ("", "standin", "demo")]
+    places = [folder / f"{name}.json" for folder in folders]
     return next(filter(Path.is_file, places), places[0])
 
 
