@@ -125,7 +125,6 @@ def test_training_in_mixed_precision_comes_near_float32(runtime, capability, rec
     model, history = train(runtime(capability))
     _, exact = train(device.Runtime(torch.device("cpu")))
     assert history.column("train_loss") == pytest.approx(exact.column("train_loss"), abs=0.02)
-    assert {loss.dtype for loss in history.column("val_loss")} == {torch.float32}
     assert next(model.parameters()).device.type == "fake"
     assert not [w for w in recwarn if "lr_scheduler" in str(w.message)]
 
