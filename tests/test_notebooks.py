@@ -177,6 +177,16 @@ def test_committed_outputs_and_results_are_of_one_run(committed):
     assert {key: stored.get(key) for key in keys} == {key: committed.about.get(key) for key in keys}
 
 
+def test_the_readme_says_what_the_committed_run_was(committed):
+    stored = load_results(committed.result)
+    place = committed.result.relative_to(ROOT).as_posix()
+    rows = [x for x in (ROOT / "README.md").read_text("utf-8").splitlines() if f"({place})" in x]
+    minutes = f"{stored['seconds'] / 60:.0f}"
+    assert [row.split("|")[3:-1] for row in rows] == [
+        [f" {cell} " for cell in (f"`{stored['profile']}`", minutes, stored["machine"])]
+    ]
+
+
 def test_committed_page_shows_every_figure(committed):
     page = committed.page.read_text(encoding="utf-8")
     soup = bs4.BeautifulSoup(page, "html.parser")
