@@ -7,6 +7,7 @@ import json
 import math
 import random
 import re
+import types
 import weakref
 from itertools import product
 
@@ -18,7 +19,17 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from src import ROOT, ProjectError, backbones, fast_sampling, objects, training, trials
+from src import (
+    ROOT,
+    ProjectError,
+    backbones,
+    comparison,
+    fast_sampling,
+    objects,
+    results,
+    training,
+    trials,
+)
 from src.device import Runtime
 from tools import bench, notebooks
 from tools.notebooks import definitions
@@ -1223,6 +1234,109 @@ def test_the_fine_tuned_network_learns_on_a_few_images():
     assert found[-1] < 0.7 * found[0]
     assert any(m.offset_branch.weight.any() for m in model.modules()
                if isinstance(m, nb.DeformConv2d)), "the offsets have moved"  # fmt: skip
+
+
+def cell_with(text):
+    """The one code cell of the notebook that holds a text."""
+    (cell,) = [c for c in notebooks.read("deformable_convolution").cells
+               if c.cell_type == "code" and text in c.source]  # fmt: skip
+    return cell.source
+
+
+@pytest.mark.parametrize(
+    "profile, found, fetched",
+    [
+        ("smoke", "resnet18", [False]),
+        ("demo", "resnet18", [False]),
+        ("cpu", "resnet18", [True]),
+        ("cpu", "efficientnet_lite0", [True, False]),  # the download failed
+    ],
+)
+def test_small_profiles_download_no_weights(profile, found, fetched):
+    asked = []
+
+    def load_backbone(name, pretrained=True):
+        asked.append(pretrained)
+        return types.SimpleNamespace(name=found if pretrained else name)
+
+    space = {
+        "run": types.SimpleNamespace(profile=profile),
+        "backbones": types.SimpleNamespace(load_backbone=load_backbone),
+        "config": types.SimpleNamespace(fine_seeds=()),
+    }
+    exec(cell_with("pretrained = "), space)
+    assert asked == fetched and space["resnet"].name == "resnet18"
+    assert space["pretrained"] is (fetched == [True])
+
+
+# --- what is said of the comparison
+
+
+@pytest.mark.parametrize("lead, little", [(1.5, True), (-1.5, True), (8.0, False), (-8.0, False)])
+def test_every_difference_is_said_with_interval_and_verdict(monkeypatch, lead, little):
+    names = ("mask_iou_gain", "reach_gain", "adaptation_gain", "dilation_gain")
+    metrics = {
+        name: results.Metric(shift, 9, (shift - 1, shift + 1), results.POINTS)
+        for name, shift in zip((*names, "gain_over_dilated", "accuracy_gain"), (3, 2, 0, -4, 5, -6))
+    }
+    ahead = results.Metric(lead, 9, (lead - 1, lead + 1), results.POINTS)
+    monkeypatch.setattr(comparison, "lead", lambda *_: ("deformable_9", ahead, 1))
+    baseline = dict.fromkeys(("linear_probe_accuracy", "mean_mask_iou", "filled_box_iou"))
+    heard = []
+
+    def say(text, **values):
+        heard.append(" ".join(results.render(text, metrics, **values).split()))
+
+    space = vars(nb) | {"comparison": comparison, "results": results, "metrics": metrics}
+    space |= {"baseline": baseline, "scores": {}, "photos": None}
+    exec(cell_with("**Reading.**"), space | {"run": types.SimpleNamespace(say=say)})
+    (text,) = heard
+    for name, verdict in {
+        "mask_iou_gain": "a gain",
+        "reach_gain": "a gain",
+        "adaptation_gain": "whether it pays to see the input",
+        "dilation_gain": "a loss",
+        "gain_over_dilated": "a gain",
+        "accuracy_gain": "a loss",
+    }.items():
+        assert f"{metrics[name]}: {verdict}" in text, name
+    assert (": little, as section 4" in text) is little
+
+
+def test_offsets_are_followed_only_where_a_map_can_be_fitted():
+    """Of six objects, one is nowhere inside in one view, and the map of another folds over."""
+    n, seeds = 6, (0, 1)
+    masks = torch.ones(4, n, 8, 8, dtype=torch.bool)
+    masks[2, 1] = False
+    angle = torch.tensor([0.0, 0.25, 0.0, 0.0])[:, None].repeat(1, n) * math.radians(90)
+    size = torch.tensor([1.0, 1.0, 0.5, 1.0])[:, None].repeat(1, n)
+    size[3, 4] = 0.001
+    angle[1, 4] = size[2, 1] = 7.0  # what must not count
+    views = iter(types.SimpleNamespace(number=i, masks=masks[i]) for i in range(4))
+
+    def over_views(head, view, *_):
+        return [angle[view.number], size[view.number]]
+
+    class Test(list):
+        photos = torch.arange(n)
+
+    metrics = {}
+    space = vars(nb) | {
+        "objects": types.SimpleNamespace(
+            extract=lambda *_, **__: next(views), shrink=objects.shrink
+        ),
+        "offsets": types.SimpleNamespace(over_views=over_views, fitted_map=None),
+        "config": types.SimpleNamespace(seeds=seeds, crop_side=64),
+        "turned_heads": {("deformable_9", seed): None for seed in seeds},
+        "crops": {"test": Test(range(n))},
+        "shapes": [(3, 8, 8)],
+        **dict(backbone=None, runtime=None, metrics=metrics, results=results),
+    }
+    exec(cell_with("changes = "), space)
+    assert space["kept"].tolist() == [True, False, True, True, False, True]
+    turn, zoom = metrics["turned.turn_followed"], metrics["turned.zoom_followed"]
+    assert (turn.value, zoom.value) == (pytest.approx(0.25), pytest.approx(0.5))
+    assert turn.n == zoom.n == 4
 
 
 # --- the benchmark
