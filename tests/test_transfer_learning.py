@@ -2,6 +2,7 @@
 
 import copy
 import math
+import types
 from dataclasses import fields, replace
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from scipy import stats
 from torch import nn
 
-from src import ProjectError, backbones
+from src import ProjectError, backbones, plotting, results
 from src.device import Runtime
 from tools.notebooks import definitions, read
 
@@ -463,6 +464,8 @@ def test_paired_comparison_by_hand():
     assert p == pytest.approx(stats.ttest_rel(a, b).pvalue)
     spread = math.sqrt(sum((x - 1.5) ** 2 for x in points) / 3)
     assert detectable == pytest.approx((3.182446 + 0.978472) * spread / 2, abs=1e-4)
+    strictest = nb.paired_comparison(a, b, comparisons=20)[2]
+    assert strictest == pytest.approx((9.464780 + 0.978472) * spread / 2, abs=1e-4)
     assert nb.paired_comparison(a, a)[1:] == (1.0, 0.0)
     assert nb.paired_comparison(a, a - 0.01)[1:] == (0.0, 0.0)
 
@@ -482,6 +485,36 @@ def test_the_verdict_corrects_over_all_comparisons():
     assert least == (5, "a", "b") and verdict[least][1] == pytest.approx(4 * raw[least])
     assert all(verdict[key][1] >= raw[key] for key in raw)
     assert verdict[least][0].value == pytest.approx(5, abs=0.2)
+    for (n, a, b), (_, _, detectable) in verdict.items():
+        alone = nb.paired_comparison(accuracies[n, a], accuracies[n, b], len(raw))[2]
+        assert detectable == alone
+
+
+@pytest.mark.parametrize(
+    "errors, said",
+    [
+        ((30, 32, 2), ["*{joint}* errs less often than *{cross_entropy}*",
+                       "*{joint}* errs less often than *{triplet}*"]),
+        ((4, 4, 4), ["nothing; these images do not settle the order of the three"]),
+    ],
+)  # fmt: skip
+def test_pairs_that_differ_are_named_with_the_better_one_first(errors, said):
+    logits = {}
+    for method, n in zip(("cross_entropy", "triplet", "joint"), errors):
+        pred = (torch.arange(200) < n).long()  # all labels are 0
+        logits[method] = F.one_hot(pred, 2)[None].float()
+    names = ("val_accuracy", "test_accuracy", "training_minutes")
+    metrics = {f"{m}.{key}": results.Metric(0.9, 5, (0.8, 1.0)) for m in logits for key in names}
+    heard = []
+    run = types.SimpleNamespace(table=lambda *_: None, say=heard.append)
+    (cell,) = [c for c in read("transfer_learning").cells if "results.holm" in c.source
+               and "METHODS =" in c.source]  # fmt: skip
+    (labels,) = [c for c in read("transfer_learning").cells if c.source.startswith("LABEL = {")]
+    test = (None, torch.zeros(200, dtype=torch.long))
+    space = {**vars(nb), "plotting": plotting, "results": results, "run": run, "test": test}
+    space |= {"test_logits": logits, "metrics": metrics}
+    exec(labels.source + "\n" + cell.source, space)
+    assert heard == [f"Beyond chance: {'; '.join(said).format(**space['LABEL'])}."]
 
 
 # --- measuring
