@@ -15,6 +15,7 @@ import pytest
 
 from src.results import load_results
 from tools.notebooks import names
+from tools.submission.rerun import TIME
 
 ROOT = Path(__file__).resolve().parent.parent
 NO_NETWORK = {
@@ -75,7 +76,7 @@ def execute(project, name, folder, **environment):
 def numbers(project, name):
     """The stored metrics, without those that a clock gives."""
     stored = load_results(project / "reports" / "standin" / "results" / f"{name}.json")
-    return {key: m for key, m in stored["metrics"].items() if "second" not in m.unit}
+    return {key: m for key, m in stored["metrics"].items() if not TIME.search(m.unit)}
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +109,7 @@ def test_the_same_numbers_from_any_working_directory(project, first_run, tmp_pat
     assert numbers(project, name) == expected
 
 
-@pytest.mark.parametrize("saves", [1, 3])
+@pytest.mark.parametrize("saves", [1, 2])  # change detection saves no more
 @pytest.mark.parametrize("name", names())
 def test_a_training_that_was_cut_off_ends_with_the_same_numbers(project, first_run, name, saves):
     source = project / "src" / "training.py"
