@@ -8,7 +8,7 @@ import html
 import json
 import re
 import sys
-from importlib.metadata import packages_distributions
+from importlib.metadata import distributions
 from pathlib import Path
 
 import bs4
@@ -106,16 +106,21 @@ def imported(tree) -> set[str]:
     return names - set(sys.stdlib_module_names) - {"src", "tools", "theory", "tests"}
 
 
+def plain(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
 def declared(file: Path) -> set[str]:
-    found = re.findall(r"^([\w.-]+)", file.read_text(encoding="utf-8"), re.M)
-    return {re.sub(r"[-_.]+", "-", name).lower() for name in found}
+    return set(map(plain, re.findall(r"^([\w.-]+)", file.read_text(encoding="utf-8"), re.M)))
 
 
 def undeclared(names: set[str], files: list[Path]) -> set[str]:
     """The modules that no distribution named in the requirements brings."""
-    given, known = set().union(*map(declared, files)), packages_distributions()
-    normal = {n: {re.sub(r"[-_.]+", "-", d).lower() for d in known.get(n, [])} for n in names}
-    return {name for name, found in normal.items() if not found & given}
+    given, brought = set().union(*map(declared, files)), set()
+    for distribution in distributions():  # Python 3.10's packages_distributions() misses some
+        if plain(distribution.metadata["Name"]) in given:
+            brought |= {file.parts[0].removesuffix(".py") for file in distribution.files}
+    return names - brought
 
 
 def test_every_import_is_declared():

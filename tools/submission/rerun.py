@@ -12,7 +12,7 @@ from pathlib import Path
 from src import ROOT, ProjectError, results, settings
 from tools.submission.archive import manifest
 
-_TIME = re.compile(r"second|minute|hour")
+TIME = re.compile(r"second|minute|hour")
 
 
 def find_archive(given: str) -> Path:
@@ -108,7 +108,7 @@ def compare(stored: dict, again: dict) -> list[tuple[str, str, str, str]]:
         equal = a and b and math.isclose(a.value, b.value, rel_tol=1e-9)
         if a is None or b is None:
             verdict = "MISSING" if b is None else "new"
-        elif _TIME.search(a.unit):
+        elif TIME.search(a.unit):
             verdict = "time, not judged"
         elif a.ci95:
             low, high = a.ci95
