@@ -1096,6 +1096,13 @@ def test_losses_by_hand():
     masks[:, :2] = True  # half of each image; one half is found everywhere
     parts = nb.losses(logits, foreground, masks, labels)
     assert torch.allclose(parts["mask_loss"], torch.tensor(math.log(2) + 0.5))
+    pixel = torch.ones(1, 1, 1, dtype=torch.bool)  # a single one, found by half: 1 - 2 * 0.5 / 1.5
+    for logit, iou in ((0.0, 0.0), (0.5, 1.0)):
+        parts = nb.losses(logits[:1], torch.full((1, 1, 1), logit), pixel, labels[:1])
+        share = 1 / (1 + math.exp(-logit))
+        wanted = -math.log(share) + 1 - 2 * share / (1 + share)
+        assert parts["mask_loss"].item() == pytest.approx(wanted)
+        assert parts["mask_iou"].item() == iou, "above 0 is foreground"
 
 
 def test_the_mean_is_weighted_with_the_foreground():
