@@ -109,6 +109,13 @@ def by_hand(input, offset, weight, bias, mask, stride, padding, dilation):
     return out
 
 
+def test_the_defaults_are_the_librarys():
+    tensors, _ = case(padding=(0, 0), mask=False, bias=False)
+    arguments = [tensors[name] for name in ("input", "offset", "weight")]
+    wanted = torchvision.ops.deform_conv2d(*arguments)
+    assert torch.allclose(nb.deform_conv2d(*arguments), wanted, atol=1e-12)
+
+
 ASYMMETRIC = dict(
     kernel=(3, 2), stride=(2, 1), padding=(1, 0), dilation=(2, 1), groups=2, offset_groups=2
 )
@@ -812,6 +819,15 @@ def test_the_layer_hands_its_settings_to_the_operator():
         t.double() for t in (x, branch[:, :24], layer.weight, layer.bias, branch[:, 24:].sigmoid())
     ]
     assert torch.allclose(layer(x).double(), by_hand(*tensors, (2, 1), (1, 0), (2, 1)), atol=1e-4)
+
+
+def test_the_offset_branch_has_what_is_needed_and_no_more():
+    for modulation, offset_groups, channels in ((False, 1, 18), (True, 1, 27), (True, 2, 54)):
+        layer = nb.DeformConv2d(4, 6, 3, offset_groups=offset_groups, modulation=modulation)
+        assert layer.offset_branch.weight.shape == (channels, 4, 3, 3)
+    x = torch.randn(1, 1, 5, 5)
+    layer = nb.DeformConv2d(1, 1, 3)  # the fewest channels there are
+    assert torch.allclose(layer(x), F.conv2d(x, layer.weight, layer.bias), atol=1e-6)
 
 
 def small_network():

@@ -56,6 +56,8 @@ def test_mean_interval_by_hand():
     assert metric.value == 2 and metric.n == 3
     assert metric.ci95 == pytest.approx((2 - 2.484138, 2 + 2.484138), abs=1e-5)
     assert results.mean([1.0], "px").ci95 is None
+    two = results.mean([1.0, 2.0], "px")  # t(0.975, 1) = 12.706205, half width 12.706205 / 2
+    assert two.ci95 == pytest.approx((1.5 - 6.353102, 1.5 + 6.353102), abs=1e-5)
 
 
 def test_median_interval_holds_the_ranks_of_the_binomial():
@@ -128,7 +130,7 @@ def test_holm_by_hand():
         (Metric(5000.0, 9, (3000.0, 7000.0), "px"), "range", "3,000 to 7,000 px"),
         (Metric(2.0, 9, (2.0, 2.0), "px"), "short", "2.00 px"),
         (Metric(1e-9, 9, (0.0, 2e-9), "px"), "short", "0.000000 px"),
-        (Metric(0.4, 7, None, "px"), "", "0.400 px (n = 7)"),
+        (Metric(0.4, 2, None, "px"), "", "0.400 px (n = 2)"),
         (Metric(0.4, unit="px"), "", "0.400 px"),
         (Metric(-20.0, unit="px"), "short", "-20.0 px"),
         (Metric(0.0, unit="px"), "short", "0 px"),

@@ -103,6 +103,8 @@ def test_a_triplet_that_meets_the_margin_has_no_gradient():
     loss, active = nb.triplet_loss(a, torch.tensor([[1.0, 0.1]]), torch.tensor([[0.0, 1.0]]), 0.7)
     loss.backward()
     assert loss.item() == 0 and active.item() == 0 and a.grad.abs().max() == 0
+    just = [torch.tensor([x]) for x in ([0.0, 0.0], [3.0, 4.0], [0.0, 6.0])]  # 5 and 6 away
+    assert [float(x) for x in nb.triplet_loss(*just, 1.0)] == [0, 0]
 
 
 # --- objectives
@@ -249,6 +251,19 @@ def test_images_without_positive_or_negative_are_not_anchors():
     anchors, positives, _ = nb.mine(line(0, 1, 2), torch.tensor([0, 0, 1]), "batch_hard")
     assert anchors.tolist() == [0, 1] and positives.tolist() == [1, 0]
     assert len(nb.mine(line(0, 1, 2), torch.tensor([0, 0, 0]), "random")[0]) == 0
+
+
+def test_mined_loss_is_that_of_the_mined_triplets_of_unit_vectors():
+    x, labels = 3 * random_features(12, 4), torch.arange(12) % 2
+    loss, means = nb.mined_objective("batch_hard")(None, x, labels, config(margin=0.3))
+    unit = F.normalize(x, dim=1)
+    distances = torch.cdist(unit, unit)
+    a, p, n = nb.mine(distances, labels, "batch_hard")
+    wanted = nn.TripletMarginLoss(0.3)(unit[a], unit[p], unit[n])
+    assert loss.item() == pytest.approx(wanted.item(), abs=1e-5)
+    same, others = labels[:, None] == labels, ~torch.eye(12, dtype=torch.bool)
+    assert means["within"].item() == pytest.approx(distances[same & others].mean().item())
+    assert means["between"].item() == pytest.approx(distances[~same].mean().item())
 
 
 def test_mined_loss_of_a_collapsed_batch_is_the_margin():
