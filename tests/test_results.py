@@ -1,6 +1,6 @@
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import FrozenInstanceError, dataclass
 
 import numpy as np
 import pytest
@@ -38,6 +38,11 @@ def save(metrics, source=None, profile="cpu", runtime=RUNTIME, seconds=90, **mor
 
 
 # --- measuring
+
+
+def test_a_metric_stays_as_it_was_measured():
+    with pytest.raises(FrozenInstanceError):
+        Metric(0.5).value = 0.6
 
 
 def test_wilson_interval_by_hand():
@@ -213,6 +218,7 @@ def test_only_real_data_at_full_size_reach_the_committed_results(reports):
     assert [p.parent.parent.name for p in (real, drawn, demo)] == ["reports", "standin", "demo"]
     assert json.loads(real.read_text())["metrics"]["a"]["value"] == 1
     assert json.loads(drawn.read_text())["standin"] is True
+    assert results.reports_folder() == reports, "the committed ones, unless something else is said"
 
 
 @pytest.mark.parametrize(
