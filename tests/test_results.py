@@ -158,6 +158,7 @@ def test_table_reads_columns_cell_by_cell():
     lines = results.table(["name", "share", "n", "rest"], rows).splitlines()
     assert [cell.strip() for cell in lines[2].split("|")] == ["", "a", "0.123", "-3", "", ""]
     assert [cell.strip()[-1] for cell in lines[1].split("|")[1:-1]] == ["-", ":", ":", "-"]
+    assert "| 0.500 |" in results.table(["p"], [["0.500"], ["2"]]), "digits are the caller's"
     assert results.table(["name", "n"], []).splitlines()[0].split() == ["|", "name", "|", "n", "|"]
 
 

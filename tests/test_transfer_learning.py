@@ -218,6 +218,8 @@ def test_semi_hard_takes_the_nearest_negative_beyond_the_positive_or_else_the_fa
     # beyond -> the farthest, 6; 3: positive at 3, negatives at 3 and 1, none beyond -> 0;
     # 6: positive at 3, negatives at 6 and 2 -> 0
     assert negatives.tolist() == [3, 3, 0, 0]
+    # 0: positive at 2, negatives at 2 and 3; only 3 is beyond
+    assert nb.mine(line(0, 2, -2, 3), labels, "semi_hard")[2][0] == 3
 
 
 @pytest.mark.parametrize("how", ["random", "semi_hard", "batch_hard"])
