@@ -218,8 +218,9 @@ def test_semi_hard_takes_the_nearest_negative_beyond_the_positive_or_else_the_fa
     # beyond -> the farthest, 6; 3: positive at 3, negatives at 3 and 1, none beyond -> 0;
     # 6: positive at 3, negatives at 6 and 2 -> 0
     assert negatives.tolist() == [3, 3, 0, 0]
-    # 0: positive at 2, negatives at 2 and 3; only 3 is beyond
+    # 0: positive at 2, negatives at 2 and 3, only 3 is beyond; positive at 1, both are, 2 is nearer
     assert nb.mine(line(0, 2, -2, 3), labels, "semi_hard")[2][0] == 3
+    assert nb.mine(line(0, 1, -2, 3), labels, "semi_hard")[2][0] == 2
 
 
 @pytest.mark.parametrize("how", ["random", "semi_hard", "batch_hard"])
