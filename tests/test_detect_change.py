@@ -303,6 +303,34 @@ def test_canvases_know_their_photos(tmp_path):
     assert not torch.equal(canvases[0], canvases[1])
 
 
+@pytest.mark.parametrize("upright", [False, True])
+@pytest.mark.parametrize(
+    "length, side, begins", [(240, 32, [0, 144]), (104, 32, [4]), (60, 16, [0, 12]), (54, 15, [4])]
+)
+def test_canvases_come_from_both_ends_or_the_middle(tmp_path, upright, length, side, begins):
+    """A pixel's value is its place along the longer side; the shorter one needs no resizing."""
+    ramp = np.tile(np.arange(length, dtype=np.uint8), (3 * side, 1))
+    Image.fromarray(ramp.T if upright else ramp).convert("RGB").save(tmp_path / "ramp.png")
+    canvases, owners = views.make_canvases([tmp_path / "ramp.png"], side)
+    assert owners.tolist() == [0] * len(begins)
+    for canvas, begin in zip(canvases, begins, strict=True):
+        line = torch.arange(begin, begin + 3 * side, dtype=torch.uint8).expand(3, 3 * side, -1)
+        assert torch.equal(canvas, line.mT if upright else line)
+
+
+def test_a_view_of_the_whole_canvas_is_the_canvas(canvases):
+    """Up to the last pixel at every edge; each of its points is a quarter of a pixel inside."""
+    whole = views.View(canvases, torch.tensor([1]), torch.eye(3)[None], 192)
+    grid = F.affine_grid(torch.eye(2, 3)[None], (1, 3, 384, 384), align_corners=False)
+    points = F.grid_sample(canvases[1:2] / 255, grid, padding_mode="border", align_corners=False)
+    assert torch.allclose(views.sample(whole)[0], F.avg_pool2d(points, 2), atol=1e-4)
+
+
+def test_bytes_are_rounded_and_stay_in_range():
+    values = torch.tensor([-0.2, 0.0, 0.5, 0.9979, 1.0, 1.2])
+    assert views.as_bytes(values).tolist() == [0, 0, 128, 254, 255, 255]
+
+
 # --- the network ----------------------------------------------------------------------------------
 @pytest.mark.parametrize("name, dim", [("SpatialExchange", 3), ("ChannelExchange", 1)])
 def test_exchange_swaps_every_second_and_is_its_own_inverse(nb, name, dim):
