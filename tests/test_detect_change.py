@@ -324,6 +324,9 @@ def test_a_view_of_the_whole_canvas_is_the_canvas(canvases):
     grid = F.affine_grid(torch.eye(2, 3)[None], (1, 3, 384, 384), align_corners=False)
     points = F.grid_sample(canvases[1:2] / 255, grid, padding_mode="border", align_corners=False)
     assert torch.allclose(views.sample(whole)[0], F.avg_pool2d(points, 2), atol=1e-4)
+    corner = views.View(canvases, torch.tensor([1]), views.matrix(1, 0, -64, 0, 1, -64), 64)
+    expected = views.sample(whole)[0][..., :64, :64]
+    assert torch.allclose(views.sample(corner)[0], expected, atol=1e-4)
 
 
 def test_bytes_are_rounded_and_stay_in_range():
