@@ -120,6 +120,13 @@ def by_hand(input, offset, weight, bias, mask, stride, padding, dilation):
     return out
 
 
+def test_the_defaults_are_the_librarys():
+    tensors, _ = case(padding=(0, 0), mask=False, bias=False)
+    arguments = [tensors[name] for name in ("input", "offset", "weight")]
+    wanted = torchvision.ops.deform_conv2d(*arguments)
+    assert torch.allclose(nb.deform_conv2d(*arguments), wanted, atol=1e-12)
+
+
 ASYMMETRIC = dict(
     kernel=(3, 2), stride=(2, 1), padding=(1, 0), dilation=(2, 1), groups=2, offset_groups=2
 )
@@ -825,6 +832,15 @@ def test_the_layer_hands_its_settings_to_the_operator():
     assert torch.allclose(layer(x).double(), by_hand(*tensors, (2, 1), (1, 0), (2, 1)), atol=1e-4)
 
 
+def test_the_offset_branch_has_what_is_needed_and_no_more():
+    for modulation, offset_groups, channels in ((False, 1, 18), (True, 1, 27), (True, 2, 54)):
+        layer = nb.DeformConv2d(4, 6, 3, offset_groups=offset_groups, modulation=modulation)
+        assert layer.offset_branch.weight.shape == (channels, 4, 3, 3)
+    x = torch.randn(1, 1, 5, 5)
+    layer = nb.DeformConv2d(1, 1, 3)  # the fewest channels there are
+    assert torch.allclose(layer(x), F.conv2d(x, layer.weight, layer.bias), atol=1e-6)
+
+
 def small_network():
     torch.manual_seed(0)
     deformable = nb.DeformConv2d(4, 4, 3, padding=1, modulation=True)
@@ -1107,6 +1123,13 @@ def test_losses_by_hand():
     masks[:, :2] = True  # half of each image; one half is found everywhere
     parts = nb.losses(logits, foreground, masks, labels)
     assert torch.allclose(parts["mask_loss"], torch.tensor(math.log(2) + 0.5))
+    pixel = torch.ones(1, 1, 1, dtype=torch.bool)  # a single one, found by half: 1 - 2 * 0.5 / 1.5
+    for logit, iou in ((0.0, 0.0), (0.5, 1.0)):
+        parts = nb.losses(logits[:1], torch.full((1, 1, 1), logit), pixel, labels[:1])
+        share = 1 / (1 + math.exp(-logit))
+        wanted = -math.log(share) + 1 - 2 * share / (1 + share)
+        assert parts["mask_loss"].item() == pytest.approx(wanted)
+        assert parts["mask_iou"].item() == iou, "above 0 is foreground"
 
 
 def test_the_mean_is_weighted_with_the_foreground():

@@ -123,6 +123,31 @@ def test_augmentation_leaves_points_in_their_place_and_stays_in_range(nb):
     assert (brightest == 40).float().mean() > 0.95
 
 
+def test_augmentation_draws_every_strength_from_its_range(nb, monkeypatch):
+    drawn = {}
+    for name in ("brightness", "blurring", "gaussian_noise"):
+        monkeypatch.setattr(
+            nb,
+            name,
+            lambda images, *strengths, name=name: drawn.update({name: strengths}) or images,
+        )
+    device.seed_everything(0)
+    nb.augment(torch.full((2000, 3, 2, 2), 0.5))
+    (gain, shift), (amount,), (sigma,) = drawn.values()
+    for strength, low, high in (
+        (gain, 0.8, 1.2),
+        (shift, -0.1, 0.1),
+        (amount, 0, 1),
+        (sigma, 0, 0.06),
+    ):
+        assert strength.shape == (2000, 1, 1, 1), "each image has its own"
+        assert low - 1e-6 <= strength.min() < low + 0.02 * (high - low)
+        assert high - 0.02 * (high - low) < strength.max() <= high + 1e-6
+    for strength in (amount, sigma):  # three images of ten
+        assert abs(float((strength > 0).float().mean()) - 0.3) < 0.04
+    assert abs(float(torch.corrcoef(torch.stack([gain, shift]).flatten(1))[0, 1])) < 0.1
+
+
 # --- pairs ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["STANDARD", "SUBTLE"])
 def test_every_view_stays_inside_the_canvas(nb, canvases, name):
@@ -130,6 +155,27 @@ def test_every_view_stays_inside_the_canvas(nb, canvases, name):
     labels = nb.COMBINATIONS.repeat(250, 1)
     for seen in nb.draw_views(canvases, nb.draw_changes(labels, getattr(nb, name), 64), 64):
         assert seen.corners().abs().max() <= 96 + 1e-3
+
+
+def test_views_are_zoomed_turned_and_mirrored_without_shear(nb, canvases):
+    device.seed_everything(0)
+    changes = nb.draw_changes(nb.COMBINATIONS.repeat(250, 1), nb.STANDARD, 64)
+    views_of_pairs = nb.draw_views(canvases, changes, 64)
+    poses = [seen.pose[:, :2, :2] for seen in views_of_pairs]
+    zooms = [pose.det().abs().sqrt() for pose in poses]
+    for pose, zoom in zip(poses, zooms):
+        expected = zoom[:, None, None] ** 2 * torch.eye(2)
+        assert torch.allclose(pose @ pose.mT, expected, atol=1e-5)
+    assert torch.allclose(zooms[0] / zooms[1], changes[:, 3].exp(), rtol=1e-4)
+    middle = (zooms[0] * zooms[1]).sqrt().log()  # of the two, uniform between the ends' logarithms
+    low, high = map(math.log, nb.ZOOM)
+    assert low - 1e-4 <= middle.min() < low + 0.01 and high - 0.01 < middle.max() <= high + 1e-4
+    assert abs(float(middle.mean()) - (low + high) / 2) < 0.02
+    mirrored = [pose.det() < 0 for pose in poses]
+    assert torch.equal(*mirrored) and abs(float(mirrored[0].float().mean()) - 0.5) < 0.05
+    upwards = F.normalize(poses[0][:, :, 1], dim=1)
+    assert upwards.mean(dim=0).abs().max() < 0.05
+    assert torch.equal(views_of_pairs[0].index.unique(), torch.arange(4))
 
 
 def test_a_change_that_leaves_the_canvas_is_refused(nb, canvases):
@@ -169,6 +215,21 @@ def test_strengths_are_those_asked_for(nb):
         assert high * 0.97 < present.max() <= high + 1e-4
     both_ways = changes[labels.all(dim=1)]
     assert ((both_ways > 0).float().mean(dim=0) - 0.5).abs().max() < 0.1
+    agree = (both_ways[:, 2] > 0) == (both_ways[:, 3] > 0)
+    assert abs(float(agree.float().mean()) - 0.5) < 0.1, "a turn says nothing about the scale"
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_strengths_and_directions_are_uniform(nb, log):
+    device.seed_everything(0)
+    ranges = torch.tensor([[0.02, 0.2], [2.0, 45.0], [1.1, 3.0]])
+    changes = nb.draw_changes(torch.ones(4000, 3), ranges, 100, log)
+    strength = registration.log_strengths(changes).exp()  # pixels, degrees, logarithm of the factor
+    strength = torch.stack([strength[:, 0] / 100, strength[:, 1], strength[:, 2].exp()], dim=1)
+    low, high = ranges.unbind(dim=1)
+    middle = (low * high).sqrt() if log else (low + high) / 2
+    assert torch.allclose(strength.median(dim=0).values, middle, rtol=0.05)
+    assert F.normalize(changes[:, :2], dim=1).mean(dim=0).abs().max() < 0.05
 
 
 def test_all_changes_of_a_training_pair_come_from_one_range(nb, canvases):
@@ -242,6 +303,37 @@ def test_canvases_know_their_photos(tmp_path):
     assert not torch.equal(canvases[0], canvases[1])
 
 
+@pytest.mark.parametrize("upright", [False, True])
+@pytest.mark.parametrize(
+    "length, side, begins", [(240, 32, [0, 144]), (104, 32, [4]), (60, 16, [0, 12]), (54, 15, [4])]
+)
+def test_canvases_come_from_both_ends_or_the_middle(tmp_path, upright, length, side, begins):
+    """A pixel's value is its place along the longer side; the shorter one needs no resizing."""
+    ramp = np.tile(np.arange(length, dtype=np.uint8), (3 * side, 1))
+    Image.fromarray(ramp.T if upright else ramp).convert("RGB").save(tmp_path / "ramp.png")
+    canvases, owners = views.make_canvases([tmp_path / "ramp.png"], side)
+    assert owners.tolist() == [0] * len(begins)
+    for canvas, begin in zip(canvases, begins, strict=True):
+        line = torch.arange(begin, begin + 3 * side, dtype=torch.uint8).expand(3, 3 * side, -1)
+        assert torch.equal(canvas, line.mT if upright else line)
+
+
+def test_a_view_of_the_whole_canvas_is_the_canvas(canvases):
+    """Up to the last pixel at every edge; each of its points is a quarter of a pixel inside."""
+    whole = views.View(canvases, torch.tensor([1]), torch.eye(3)[None], 192)
+    grid = F.affine_grid(torch.eye(2, 3)[None], (1, 3, 384, 384), align_corners=False)
+    points = F.grid_sample(canvases[1:2] / 255, grid, padding_mode="border", align_corners=False)
+    assert torch.allclose(views.sample(whole)[0], F.avg_pool2d(points, 2), atol=1e-4)
+    corner = views.View(canvases, torch.tensor([1]), views.matrix(1, 0, -64, 0, 1, -64), 64)
+    expected = views.sample(whole)[0][..., :64, :64]
+    assert torch.allclose(views.sample(corner)[0], expected, atol=1e-4)
+
+
+def test_bytes_are_rounded_and_stay_in_range():
+    values = torch.tensor([-0.2, 0.0, 0.5, 0.9979, 1.0, 1.2])
+    assert views.as_bytes(values).tolist() == [0, 0, 128, 254, 255, 255]
+
+
 # --- the network ----------------------------------------------------------------------------------
 @pytest.mark.parametrize("name, dim", [("SpatialExchange", 3), ("ChannelExchange", 1)])
 def test_exchange_swaps_every_second_and_is_its_own_inverse(nb, name, dim):
@@ -257,8 +349,50 @@ def test_exchange_swaps_every_second_and_is_its_own_inverse(nb, name, dim):
     quarter = getattr(nb, name)(0.25)(a, b)[0] != a
     other = [axis for axis in range(4) if axis != dim]
     assert torch.equal(quarter.sum(dim=other) > 0, torch.arange(a.shape[dim]) % 4 == 0)
-    with pytest.raises(ValueError, match="between 0 and 1"):
-        getattr(nb, name)(0)
+    assert torch.equal(getattr(nb, name)(1)(a, b)[0], b), "the whole is the most"
+    for share in (0, 1.5):
+        with pytest.raises(ValueError, match="between 0 and 1"):
+            getattr(nb, name)(share)
+
+
+def test_a_block_adds_its_two_branches(nb):
+    torch.manual_seed(0)
+    block, x = nb.Block(2, 3).eval(), torch.randn(2, 2, 5, 5)
+    assert torch.equal(block(x), (block.main(x) + block.parallel(x)).clamp_min(0))
+    assert not torch.equal(block(x), block.main(x).clamp_min(0))
+
+
+def test_the_parts_are_as_drawn_by_default(nb):
+    """The stem by its layers: a 7x7 convolution and a 3x3 maximum, each at every second place."""
+    convolution, _, _, _, pool = stem = nb.Stem()
+    assert convolution.weight.shape == (64, 3, 7, 7)
+    assert (pool.kernel_size, pool.stride, pool.padding) == (3, 2, 1)
+    for part in (stem, nb.Block(4, 4), nb.Stage(4, 4)):
+        assert {m.p for m in part.modules() if isinstance(m, torch.nn.Dropout)} == {0.2}
+
+
+def test_the_seed_draws_the_network(nb):
+    first, again, other = (
+        nb.build(nb.replace(nb.CONFIGS["smoke"], seed=seed)).fc.weight for seed in (0, 0, 1)
+    )
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_the_loss_by_hand(nb):
+    assert nb.units(50).tolist() == [5, 5, 20, 0.25]
+    logits = torch.tensor([[2.0, -1.0, 0.5], [0.0, 3.0, -2.0]])
+    labels = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
+    changes = torch.tensor([[5.0, -10.0, 20.0, 0.5], [0.0] * 4])  # in units: 1, -2, 1, 2
+    estimates = torch.tensor([[1.05, -2.0, 1.5, 2.0], [0.0, 0.02, 0.0, -1.0]])
+    loss, parts = nb.changer_loss((logits, estimates), labels, changes, 50, 0.5)
+    wrong_way = [-2.0, -1.0, -0.5, 0.0, 3.0, 2.0]  # a logit that points away from its label
+    label_loss = sum(math.log1p(math.exp(x)) for x in wrong_way) / 6
+    # Errors of up to 0.1 count as 5 e^2, larger ones as e - 0.05.
+    estimate_loss = (5 * 0.05**2 + 0.45 + 5 * 0.02**2 + 0.95) / 8
+    assert parts["label_loss"].item() == pytest.approx(label_loss)
+    assert parts["estimate_loss"].item() == pytest.approx(estimate_loss, rel=1e-4)
+    assert loss.item() == pytest.approx(label_loss + 0.5 * estimate_loss, rel=1e-4)
+    assert parts["accuracy"].item() == pytest.approx(4 / 6), "a logit of 0 says no"
 
 
 def by_hand(channels):
@@ -285,6 +419,7 @@ def test_the_drawn_network(nb):
     assert logits.shape == (1, 3) and estimates.shape == (1, 4)
     kinds = [type(exchange).__name__ for exchange in network.exchanges]
     assert kinds == ["NoneType", "SpatialExchange", "ChannelExchange", "ChannelExchange"]
+    assert [type(pool).__name__ for pool in network.pools] == ["Identity"] * 4
     assert sum(isinstance(m, torch.nn.Dropout) and m.p == 0.2 for m in network.modules()) == 17
 
 
@@ -321,13 +456,16 @@ def test_without_exchange_the_logits_are_a_sum_of_the_two_images(nb, small):
 
 
 def test_the_last_channel_exchange_only_permutes_columns_of_the_classifier(nb, small):
-    plain = nb.without_last_exchange(small)
-    assert plain.exchanges[-1] is None and small.exchanges[-1] is not None
-    a, b = torch.rand(2, 5, 3, 64, 64, dtype=torch.double)
-    for found, expected in zip(plain(a, b), small(a, b)):
-        assert torch.allclose(found, expected, atol=1e-12)
-    for ours, theirs in zip(plain.fc.weight, small.fc.weight):
-        assert torch.equal(ours.sort().values, theirs.sort().values)
+    other = copy.deepcopy(small)
+    other.exchanges = [None, None, nb.SpatialExchange(), nb.ChannelExchange(0.25)]
+    for network in (small, other):
+        plain = nb.without_last_exchange(network)
+        assert plain.exchanges[-1] is None and network.exchanges[-1] is not None
+        a, b = torch.rand(2, 5, 3, 64, 64, dtype=torch.double)
+        for found, expected in zip(plain(a, b), network(a, b)):
+            assert torch.allclose(found, expected, atol=1e-12)
+        for ours, theirs in zip(plain.fc.weight, network.fc.weight):
+            assert torch.equal(ours.sort().values, theirs.sort().values)
 
 
 @pytest.mark.parametrize("profile", ["smoke", "demo", "cpu", "gpu", "gpu_full"])

@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import FrozenInstanceError, dataclass
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from src import ProjectError, results
 from src.device import Runtime
 from src.results import Metric
+from src.training import History
 
 RUNTIME = Runtime(torch.device("cpu"))
 
@@ -22,20 +24,25 @@ def reports(monkeypatch, tmp_path):
     return tmp_path / "reports"
 
 
-def save(metrics, source=None, profile="cpu", **more):
+def save(metrics, source=None, profile="cpu", runtime=RUNTIME, seconds=90, **more):
     return results.save_results(
         "test",
         metrics,
         profile=profile,
         source=source or FakeSource(),
-        runtime=RUNTIME,
+        runtime=runtime,
         seeds=[0],
-        seconds=90,
+        seconds=seconds,
         **more,
     )
 
 
 # --- measuring
+
+
+def test_a_metric_stays_as_it_was_measured():
+    with pytest.raises(FrozenInstanceError):
+        Metric(0.5).value = 0.6
 
 
 def test_wilson_interval_by_hand():
@@ -54,6 +61,8 @@ def test_mean_interval_by_hand():
     assert metric.value == 2 and metric.n == 3
     assert metric.ci95 == pytest.approx((2 - 2.484138, 2 + 2.484138), abs=1e-5)
     assert results.mean([1.0], "px").ci95 is None
+    two = results.mean([1.0, 2.0], "px")  # t(0.975, 1) = 12.706205, half width 12.706205 / 2
+    assert two.ci95 == pytest.approx((1.5 - 6.353102, 1.5 + 6.353102), abs=1e-5)
 
 
 def test_median_interval_holds_the_ranks_of_the_binomial():
@@ -119,6 +128,19 @@ def test_holm_by_hand():
         (Metric(3373570, 1, None, "parameters"), "short", "3,373,570 parameters"),
         (Metric(0.0067, 1, None, "px"), "short", "0.00670 px"),
         (Metric(0.993, 2000, (0.9883, 0.9957), "fraction"), ".4f", "0.9930"),
+        (Metric(4.06, 204, (1.51, 6.74), "percentage points"), "±", "+4.1 ± 2.6 points"),
+        (Metric(12.0, 9, (9.0, 15.0), "px"), "range", "9 to 15 px"),
+        (Metric(12.0, 9, (11.75, 12.25), "px"), "short", "12.00 px"),
+        (Metric(12.0, 9, (11.625, 12.375), "px"), "short", "12.0 px"),
+        (Metric(5000.0, 9, (3000.0, 7000.0), "px"), "range", "3,000 to 7,000 px"),
+        (Metric(2.0, 9, (2.0, 2.0), "px"), "short", "2.00 px"),
+        (Metric(1e-9, 9, (0.0, 2e-9), "px"), "short", "0.000000 px"),
+        (Metric(0.4, 2, None, "px"), "", "0.400 px (n = 2)"),
+        (Metric(0.4, unit="px"), "", "0.400 px"),
+        (Metric(-20.0, unit="px"), "short", "-20.0 px"),
+        (Metric(0.0, unit="px"), "short", "0 px"),
+        (Metric(1234.5, unit=""), "short", "1,234"),
+        (Metric(2e-8, unit="px"), "short", "0.000000 px"),
     ],
 )  # fmt: skip
 def test_metrics_show_the_digits_that_their_interval_supports(metric, form, wanted):
@@ -129,6 +151,15 @@ def test_table_aligns_numbers_and_escapes_bars():
     text = results.table(["a|b", "n"], [["x|y", Metric(0.5, 1, None, "fraction")], ["z", 1234]])
     assert text.splitlines()[2:] == ["| x\\|y  | 50.0 % |", "| z     |  1,234 |"] or "1,234" in text
     assert "x\\|y" in text and text.splitlines()[1].endswith(":|")
+
+
+def test_table_reads_columns_cell_by_cell():
+    rows = [["a", 0.12345, -3, ""], ["b", 2.0, "–5", "x"]]
+    lines = results.table(["name", "share", "n", "rest"], rows).splitlines()
+    assert [cell.strip() for cell in lines[2].split("|")] == ["", "a", "0.123", "-3", "", ""]
+    assert [cell.strip()[-1] for cell in lines[1].split("|")[1:-1]] == ["-", ":", ":", "-"]
+    assert "| 0.500 |" in results.table(["p"], [["0.500"], ["2"]]), "digits are the caller's"
+    assert results.table(["name", "n"], []).splitlines()[0].split() == ["|", "name", "|", "n", "|"]
 
 
 def test_render_fills_text_from_the_results():
@@ -160,6 +191,24 @@ def test_saved_results_hold_their_provenance(reports):
     assert sorted(p.name for p in path.parent.iterdir()) == ["test.json", "test.npz"]
 
 
+def test_saved_results_hold_the_run(reports):
+    @dataclass
+    class Config:
+        width: int = 8
+
+    history = History([{"val_loss": 0.5}], 1, 3.0)
+    path = save({}, seconds=90.26, config=Config(), curves={"toy": history})
+    stored = results.load_results(path)
+    assert stored["seconds"] == 90.3 and stored["config"] == {"width": 8}
+    assert stored["curves"] == {
+        "toy": {"epochs": [{"val_loss": 0.5}], "best_epoch": 1, "seconds": 3.0}
+    }
+    assert stored["precision"] == "float32" and stored["data_source"] == "HW3_DATA"
+    bfloat = Runtime(torch.device("cpu"), autocast=torch.bfloat16)
+    stored = results.load_results(save({}, runtime=bfloat))
+    assert stored["precision"] == "bfloat16" and stored["config"] == stored["curves"] == {}
+
+
 def test_only_real_data_at_full_size_reach_the_committed_results(reports):
     class Standin(FakeSource):
         name, is_standin = "stand-in", True
@@ -170,6 +219,7 @@ def test_only_real_data_at_full_size_reach_the_committed_results(reports):
     assert [p.parent.parent.name for p in (real, drawn, demo)] == ["reports", "standin", "demo"]
     assert json.loads(real.read_text())["metrics"]["a"]["value"] == 1
     assert json.loads(drawn.read_text())["standin"] is True
+    assert results.reports_folder() == reports, "the committed ones, unless something else is said"
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,8 @@ def test_a_triplet_that_meets_the_margin_has_no_gradient():
     loss, active = nb.triplet_loss(a, torch.tensor([[1.0, 0.1]]), torch.tensor([[0.0, 1.0]]), 0.7)
     loss.backward()
     assert loss.item() == 0 and active.item() == 0 and a.grad.abs().max() == 0
+    just = [torch.tensor([x]) for x in ([0.0, 0.0], [3.0, 4.0], [0.0, 6.0])]  # 5 and 6 away
+    assert [float(x) for x in nb.triplet_loss(*just, 1.0)] == [0, 0]
 
 
 # --- objectives
@@ -217,6 +219,9 @@ def test_semi_hard_takes_the_nearest_negative_beyond_the_positive_or_else_the_fa
     # beyond -> the farthest, 6; 3: positive at 3, negatives at 3 and 1, none beyond -> 0;
     # 6: positive at 3, negatives at 6 and 2 -> 0
     assert negatives.tolist() == [3, 3, 0, 0]
+    # 0: positive at 2, negatives at 2 and 3, only 3 is beyond; positive at 1, both are, 2 is nearer
+    assert nb.mine(line(0, 2, -2, 3), labels, "semi_hard")[2][0] == 3
+    assert nb.mine(line(0, 1, -2, 3), labels, "semi_hard")[2][0] == 2
 
 
 @pytest.mark.parametrize("how", ["random", "semi_hard", "batch_hard"])
@@ -250,6 +255,19 @@ def test_images_without_positive_or_negative_are_not_anchors():
     anchors, positives, _ = nb.mine(line(0, 1, 2), torch.tensor([0, 0, 1]), "batch_hard")
     assert anchors.tolist() == [0, 1] and positives.tolist() == [1, 0]
     assert len(nb.mine(line(0, 1, 2), torch.tensor([0, 0, 0]), "random")[0]) == 0
+
+
+def test_mined_loss_is_that_of_the_mined_triplets_of_unit_vectors():
+    x, labels = 3 * random_features(12, 4), torch.arange(12) % 2
+    loss, means = nb.mined_objective("batch_hard")(None, x, labels, config(margin=0.3))
+    unit = F.normalize(x, dim=1)
+    distances = torch.cdist(unit, unit)
+    a, p, n = nb.mine(distances, labels, "batch_hard")
+    wanted = nn.TripletMarginLoss(0.3)(unit[a], unit[p], unit[n])
+    assert loss.item() == pytest.approx(wanted.item(), abs=1e-5)
+    same, others = labels[:, None] == labels, ~torch.eye(12, dtype=torch.bool)
+    assert means["within"].item() == pytest.approx(distances[same & others].mean().item())
+    assert means["between"].item() == pytest.approx(distances[~same].mean().item())
 
 
 def test_mined_loss_of_a_collapsed_batch_is_the_margin():
