@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import io
+import os
 from collections.abc import Sequence
 from urllib.error import URLError
 
@@ -123,7 +124,13 @@ class _ResNet(nn.Module):
         if pretrained:
             weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1
             url = mirrored(weights.url, settings.read().mirror)
-            with contextlib.redirect_stderr(io.StringIO()):  # it names folders of the machine
+            cached = os.path.join(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
+            if not os.path.isfile(cached):
+                size = weights.meta["_file_size"]
+                print(f"{name}: downloading the ImageNet weights, {size:.0f} MB")
+            # it names folders of the machine, on either stream depending on its version
+            silent = io.StringIO()
+            with contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent):
                 state = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True)
             self.network.load_state_dict(state)
         self.feature_size, self.network.fc = self.network.fc.in_features, nn.Identity()

@@ -58,10 +58,15 @@ def test_weights_come_from_the_mirror_and_are_checked(whole, mirror, monkeypatch
     mirror.files = {path: content if whole else content[:-1]}
     found = backbones.load_backbone("resnet18")
     assert [asked for asked, _ in mirror.asked] == [path]
+    said = capsys.readouterr()
+    assert said.out.startswith("resnet18: downloading the ImageNet weights, 45 MB\n")
+    assert str(tmp_path) not in said.out + said.err, "the line names a folder of the machine"
     if whole:
         assert torch.equal(found.body.network.conv1.weight, network.conv1.weight)
+        backbones.load_backbone("resnet18")
+        assert capsys.readouterr().out == "", "what is cached is not downloaded"
     else:
-        assert found.name == "efficientnet_lite0" and "invalid hash" in capsys.readouterr().out
+        assert found.name == "efficientnet_lite0" and "invalid hash" in said.out
 
 
 def test_the_stronger_network_takes_over_from_resnet50_where_it_is_installed(monkeypatch):

@@ -120,3 +120,26 @@ def test_precision_contexts():
     with device.Runtime(torch.device("cpu")).precision():
         assert (x @ x).dtype == torch.float32
     assert runtime.describe().endswith("bfloat16 autocast")
+
+
+@pytest.mark.parametrize(
+    "plain, half, wanted",
+    [
+        ([4, 5, 50], [3, 9, 9], torch.bfloat16),  # the best of several laps decides
+        ([4, 5, 5], [3.5, 9, 9], None),  # not faster by enough
+        ([50, 50, 4], [3.9, 9, 9], None),
+    ],
+)
+def test_bfloat16_is_taken_where_it_is_clearly_faster(plain, half, wanted, monkeypatch):
+    laps = {None: plain + plain[-1:] * 9, torch.bfloat16: half + half[-1:] * 9}
+    monkeypatch.setattr(device.Stopwatch, "lap", lambda watch: laps[watch.runtime.autocast].pop(0))
+    monkeypatch.setattr(
+        device.Stopwatch, "__init__", lambda w, runtime: setattr(w, "runtime", runtime)
+    )
+    kinds = []
+    runtime = device.Runtime(torch.device("cpu"))
+    chosen = device.faster_precision(
+        runtime, lambda: kinds.append(torch.is_autocast_enabled("cpu"))
+    )
+    assert chosen.autocast is wanted
+    assert kinds == [False, True] * 9  # in turns, the first two to warm up
