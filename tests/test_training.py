@@ -1,5 +1,6 @@
 import dataclasses
 import math
+import os
 import weakref
 
 import pytest
@@ -200,10 +201,12 @@ def test_a_step_that_does_not_fit_is_taken_in_parts_with_the_same_gradient(capsy
     whole = run(30)
     for limit in (4, 3, 1):  # of one sample, the last batch has fewer parts than the others
         parts = run(limit)
+        if limit == 4:  # two parts suffice
+            printed = capsys.readouterr().out
+            assert "steps are taken in 2 parts" in printed and "in 4 parts" not in printed
         assert torch.allclose(whole[0], parts[0], atol=1e-6)
         assert whole[1] == pytest.approx(parts[1], abs=1e-6)
-    printed = capsys.readouterr().out
-    assert "steps are taken in 2 parts" in printed and "in 4 parts" in printed
+    assert "in 4 parts" in capsys.readouterr().out
     with pytest.raises(ProjectError, match="does not suffice for one sample"):
         run(0)
 
@@ -293,6 +296,16 @@ def test_a_long_training_says_how_long_it_takes(seconds, minutes, monkeypatch, c
     monkeypatch.setattr(training.Stopwatch, "lap", lambda watch: 1.0)
     train(epochs=2, quiet=True)
     assert not capsys.readouterr().out
+
+
+def test_a_training_that_goes_on_counts_the_rest_of_its_time(monkeypatch, capsys):
+    monkeypatch.setattr(training, "TIMED", 2)
+    monkeypatch.setattr(training.Stopwatch, "lap", lambda watch: 300.0)  # of two steps of four
+    with pytest.raises(KeyboardInterrupt):
+        train(epochs=4, stop_after=5)
+    assert "about 40 min" in capsys.readouterr().out
+    train(epochs=4)
+    assert "about 30 min" in capsys.readouterr().out
 
 
 # --- models
@@ -457,3 +470,20 @@ def test_a_model_file_with_more_or_fewer_entries_is_refused(tmp_path, change):
     torch.save(content, path)
     with pytest.raises(ProjectError, match="is of another model .1 entries differ"):
         training.load_model(build, path)
+
+
+class Payload:
+    """What a file of a stranger could hold: code that runs while it is loaded."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_a_model_file_cannot_run_code(tmp_path):
+    torch.save({"config": {}, "state": Payload(tmp_path / "trace")}, tmp_path / "model.pt")
+    with pytest.raises(ProjectError, match="not a model file"):
+        training.load_model(lambda config: make(), tmp_path / "model.pt")
+    assert not (tmp_path / "trace").exists()
