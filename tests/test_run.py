@@ -236,6 +236,14 @@ def test_a_kernelspec_that_leads_elsewhere_does_not_matter(project, tmp_path, mo
     assert [o.text.strip() for o in outputs(run.run("a"))] == [sys.executable]
 
 
+def test_a_kernel_starts_in_the_folder_that_is_asked_for(project, tmp_path):
+    """`make robustness` runs every notebook from several folders."""
+    project("a", ["from pathlib import Path; print(Path.cwd().name)"])
+    (tmp_path / "elsewhere").mkdir()
+    for folder, name in ((None, "notebooks"), (tmp_path / "elsewhere", "elsewhere")):
+        assert [o.text.strip() for o in outputs(run.run("a", folder))] == [name]
+
+
 def test_an_environment_without_a_kernel_is_one_line(project, monkeypatch):
     project("a", ["1"])
     monkeypatch.setattr(

@@ -49,17 +49,20 @@ class _Kernel(AsyncKernelManager):
         return KernelSpec(**get_kernel_dict(["--log-level=ERROR"]))
 
 
-def run(name: str) -> nbformat.NotebookNode:
+def run(name: str, folder: Path | None = None) -> nbformat.NotebookNode:
     """Run a notebook top to bottom in a fresh kernel and give it back with its outputs.
 
     After every cell, the outputs so far are written to `reports/unfinished/`.
 
     Args:
         name: The notebook's, without folder and ending.
+        folder: The kernel's working directory, `notebooks/` by default; `make robustness` asks
+            for others.
 
     Raises:
         ProjectError: A cell fails, or the kernel does; names the cell and the error. The traceback
             is printed.
+        KeyboardInterrupt: The user or the system stopped it.
     """
     notebook, unfinished = notebooks.read(name), ROOT / UNFINISHED / f"{name}.ipynb"
     for cell in notebook.cells:  # a cell that is not reached must not keep an earlier run's output
@@ -72,7 +75,7 @@ def run(name: str) -> nbformat.NotebookNode:
         record_timing=False,
         kernel_name="python3",
         kernel_manager_class=_Kernel,
-        resources={"metadata": {"path": str(notebooks.FOLDER)}},
+        resources={"metadata": {"path": str(folder or notebooks.FOLDER)}},
     )
     total = sum(cell.cell_type == "code" for cell in notebook.cells)
     form = "{desc}: cell {n_fmt} of {total_fmt} |{bar:20}| {elapsed}{postfix}"
