@@ -205,6 +205,52 @@ def test_a_killed_run_keeps_what_ran(tmp_path):
     assert [o.text for o in outputs(nbformat.read(kept, as_version=4))] == ["kept\n"]
 
 
+def test_an_interrupted_run_keeps_what_ran_and_starts_nothing_more(tmp_path):
+    copy_project(tmp_path, "src", "tools")
+    (tmp_path / "notebooks").mkdir()
+    cells = [nbformat.v4.new_code_cell(x) for x in ("print('kept')", "import time; time.sleep(99)")]
+    for name in "ab":
+        path = tmp_path / "notebooks" / f"{name}.ipynb"
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    kept = tmp_path / "reports" / "unfinished" / "a.ipynb"
+    with subprocess.Popen(**command(tmp_path)) as process:
+        for _ in range(600):
+            if kept.is_file() or process.poll() is not None:
+                break
+            time.sleep(0.1)
+        time.sleep(1)  # into the cell that waits
+        process.send_signal(signal.SIGINT)
+        try:
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 130 and "a: interrupted; what ran is in" in errors, errors
+    assert outputs(nbformat.read(kept, as_version=4))[0].text == "kept\n"
+    assert [path.name for path in kept.parent.iterdir()] == ["a.ipynb"], "b is not run"
+
+
+def test_a_copy_that_cannot_be_written_does_not_end_the_run(project, tmp_path):
+    (tmp_path / "reports").write_text("in the way, as a full disk is")
+    project("a", about(), ["print('an hour')"])
+    assert outputs(run.run("a"))[-1].text == "an hour\n"
+    assert run.main(["a"]) == 1, "there is no page"
+    assert outputs(notebooks.read("a"))[-1].text == "an hour\n"
+
+
+@pytest.mark.parametrize("copy", [".ipynb_checkpoints/data-checkpoint.py", "._data.py"])
+def test_hidden_copies_beside_the_code_are_named_before_anything_runs(
+    project, tmp_path, capsys, copy
+):
+    project("a", ["print(1)"])
+    path = tmp_path / "src" / copy
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"\x00\x05\x16\x07\xff")
+    assert run.main(["a"]) == 1
+    error = capsys.readouterr().err
+    assert error == f"Error: src/{copy} is a hidden copy beside the code: remove it.\n"
+    assert not outputs(notebooks.read("a"))
+
+
 @pytest.mark.parametrize(
     "words, environment, message",
     [

@@ -342,6 +342,15 @@ def test_age_is_told_by_what_the_code_does_and_not_by_git(project, file):
     assert len(lines) == 3 and all("its results are older than its code" in x for x in lines)
 
 
+@pytest.mark.parametrize("copy", [".ipynb_checkpoints/tool-checkpoint.py", "._tool.py"])
+def test_hidden_copies_beside_the_code_are_named(project, copy):
+    project.write(f"src/{copy}", b"\x00\x05\x16\x07\xff")
+    for options in ({}, {"allow_standin": True}):
+        assert refused(project, **options) == [
+            f"src/{copy} is a hidden copy beside the code: remove it."
+        ]
+
+
 def test_line_endings_do_not_matter(project):
     for path in [*project.root.rglob("*.py"), *project.root.rglob("*.ipynb")]:
         path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))

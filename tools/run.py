@@ -31,6 +31,14 @@ class _Client(NotebookClient):
 
     bar: tqdm
 
+    def execute(self):
+        try:
+            return super().execute()
+        except Exception:  # which one depends on what the signal met
+            if hasattr(self, "_async_cleanup_kernel_future"):  # nbclient was told to stop
+                raise KeyboardInterrupt from None
+            raise
+
     def process_message(self, msg, cell, cell_index):
         content = msg["content"]
         if msg["msg_type"] == "stream" and content["name"] == "stderr" and "\r" in content["text"]:
@@ -84,7 +92,10 @@ def run(name: str, folder: Path | None = None) -> nbformat.NotebookNode:
         def executed(cell, **_):
             client.bar.set_postfix_str("", refresh=False)
             client.bar.update(cell.cell_type == "code")
-            notebooks.write(notebook, unfinished)
+            try:
+                notebooks.write(notebook, unfinished)
+            except ProjectError as error:  # such as a full disk: no reason to end the run
+                client.bar.set_postfix_str(str(error)[:80])
 
         client.on_cell_executed = executed
         try:
@@ -100,8 +111,8 @@ def run(name: str, folder: Path | None = None) -> nbformat.NotebookNode:
             atexit.unregister(client._cleanup_kernel)  # which would fail, too
             failed = f"no kernel in {sys.prefix} ({error}): pip install ipykernel"
         else:
-            unfinished.unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # other notebooks may have left something there
+                unfinished.unlink(missing_ok=True)
                 unfinished.parent.rmdir()
             return notebook
     kept = f" What ran before is in {UNFINISHED}/{name}.ipynb." if unfinished.is_file() else ""
@@ -148,6 +159,7 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments).name or notebooks.names()
     try:
         settings.read()
+        notebooks.check_sources()
         for name in chosen:
             notebooks.read(name)
     except ProjectError as error:

@@ -86,7 +86,11 @@ def find_runs(allow_standin: bool) -> list[Run]:
     """List the runs to hand in: the notebooks as they are.
 
     Where the stand-in is allowed and a notebook cannot go as it is, its run on the stand-in goes.
+
+    Raises:
+        ProjectError: A notebook cannot be read, or there is a hidden copy beside the code.
     """
+    notebooks.check_sources()
     runs = []
     for name in notebooks.names():
         run = Run(name, notebooks.FOLDER / f"{name}.ipynb", notebooks.read(name))
