@@ -37,6 +37,8 @@ def theory_to_html(out: Path, texts: dict[str, str] | None = None) -> None:
         page.ids.add(file.stem)
         text = page.prose((texts or {}).get(file.name) or file.read_text(encoding="utf-8"))
         body += f'<section id="{file.stem}" class="prose">\n{text}</section>\n'
+        if page.remarks:
+            raise ProjectError(f"{page.place}: {page.remarks[0]}")
     page.write("Theory", body, *files)
 
 
