@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from src import data, datasets
+from src import data, datasets, objects, views
 from src.data import DataError, Source
 
 SETS = {"cifar10": datasets.CIFAR10, "coco": datasets.COCO, "photos": datasets.PHOTOS}
@@ -155,6 +155,30 @@ def test_sixteen_bits_keep_their_range(tmp_path):
     image = np.asarray(data.read_image(tmp_path / "deep.png"))
     assert image.shape == (4, 256, 3)
     np.testing.assert_array_equal(image[0, :, 0], np.arange(256))
+
+
+def test_every_reader_keeps_the_range_of_sixteen_bits(tmp_path):
+    """Clipped at 255, this picture would be all white."""
+    pixels = np.linspace(2000, 60000, 32 * 32).astype(np.uint16).reshape(32, 32)
+    wanted = (pixels / 257).round()
+    for name in ("cifar10/train/airplane", "cifar10/test/airplane"):
+        (tmp_path / name).mkdir(parents=True)
+        Image.fromarray(pixels).save(tmp_path / name / "a.png")
+    path = tmp_path / "cifar10/train/airplane/a.png"
+    with Image.open(path) as image:
+        squares = [data.central_square(x, 32)[0][0, 0].numpy() * 255 for x in (path, image)]
+    cifar = datasets.load_cifar10(Source("CIFAR-10", "HW3_DATA", tmp_path), ("airplane",))
+    canvases, _ = views.make_canvases([path], side=32)
+    read = {
+        "read_image": np.asarray(data.read_image(path))[..., 0],
+        "of a path": squares[0],
+        "of an image": squares[1],
+        "CIFAR-10": cifar.test_images[0, 0].numpy(),
+        "COCO": objects.read_photo(path, {"width": 32, "height": 32})[..., 0],
+        "canvases": canvases[0, 0, 1::3, 1::3].numpy(),
+    }
+    for reader, values in read.items():
+        assert np.abs(values - wanted).max() < (3 if reader == "canvases" else 1e-3), reader
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "RGB"])

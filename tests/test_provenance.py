@@ -72,7 +72,17 @@ def test_no_file_in_src_is_left_out():
     assert {path.suffix for path in files} == set(provenance.FINGERPRINTED)
 
 
-@pytest.mark.parametrize("error", [FileNotFoundError("git"), subprocess.TimeoutExpired("git", 1)])
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError("git"),
+        PermissionError("git"),
+        subprocess.TimeoutExpired("git", 1),
+        subprocess.CalledProcessError(128, "git", "", "fatal: detected dubious ownership"),
+        subprocess.CalledProcessError(128, "git", "", "fatal: not a git repository"),
+    ],
+    ids=str,
+)
 def test_without_git_the_commit_is_unknown(monkeypatch, error):
     def fail(*_, **__):
         raise error
