@@ -111,7 +111,7 @@ def run_problems(run: Run, allow_standin: bool) -> Iterator[str]:
     for check in RUN_CHECKS:
         yield from check(run)
     if run.trial and not allow_standin:
-        profile = run.about["profile"]
+        profile = run.about.get("profile")
         yield (
             f"{run.place}: a run of profile {profile} on {run.about.get('data_source')}; run it "
             "on real data with another profile, or hand it in marked as such: ALLOW_STANDIN=1"
@@ -162,7 +162,7 @@ def page_problems(run: Run) -> Iterator[str]:
     stamp = f'<meta name="source-sha256" content="{digest(run.path)}">'
     if not run.page.is_file():
         yield f"{run.place}: its page {relative(run.page)} is missing; {again}"
-    elif stamp not in run.page.read_text(encoding="utf-8"):
+    elif stamp not in run.page.read_text(encoding="utf-8", errors="replace"):
         yield f"{run.place}: its page {relative(run.page)} shows another state of it; {again}"
 
 
