@@ -161,6 +161,19 @@ def test_a_page_that_cannot_be_made_costs_no_outputs(project, tmp_path, capsys):
     assert len(outputs(notebooks.read("a"))) == 2
 
 
+def test_whatever_a_page_stumbles_over_the_other_notebooks_run(project, monkeypatch, capsys):
+    def stumble(path, page, real=run.notebook_to_html):
+        return 1 / 0 if path.stem == "a" else real(path, page)
+
+    monkeypatch.setattr(run, "notebook_to_html", stumble)
+    for name in "ab":
+        project(name, about(), ["print(1)"])
+    assert run.main([]) == 1
+    error = "Error: a: its page cannot be made (ZeroDivisionError: division by zero)."
+    assert error in capsys.readouterr().err
+    assert all(len(outputs(notebooks.read(name))) == 2 for name in "ab")
+
+
 @pytest.mark.parametrize(
     "kind, notebook, page",
     [

@@ -339,6 +339,17 @@ def test_a_page_that_is_no_text_is_one_line(project):
     assert line.startswith("notebooks/two.ipynb: its page reports/two.html shows another state")
 
 
+@pytest.mark.parametrize("name", ["1_all.md", "SOURCES.md"])
+def test_theory_in_the_encoding_of_an_old_editor(project, name):
+    path = project.root / "theory" / name
+    text = path.read_text(encoding="utf-8")
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    archive.build("Ali", "1").unlink()
+    path.write_bytes((text + "\nCaf\u00e9\n").encode("latin-1"))
+    (line,) = refused(project)
+    assert line.startswith(f"theory/{name} is not UTF-8 ") and line.endswith("save it as such")
+
+
 @pytest.mark.parametrize("profile, source", [("smoke", "stand-in"), ("demo", "data/")])
 def test_a_run_that_only_shows_that_everything_works_is_refused(project, profile, source):
     save_about(project, profile=profile, standin=source == "stand-in", data_source=source)

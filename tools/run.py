@@ -138,7 +138,13 @@ def store(name: str, notebook: nbformat.NotebookNode) -> list[str]:
     page = reports / f"{name}.html"
     notebooks.write(notebook, path)
     print(f"{name}: its outputs are in {path.relative_to(ROOT)}")
-    left_out = notebook_to_html(path, page)
+    try:
+        left_out = notebook_to_html(path, page)
+    except ProjectError:
+        raise
+    except Exception as error:  # whatever it stumbled over: the other notebooks are still to run
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ProjectError(f"{name}: its page cannot be made ({reason}).") from error
     print(f"{name}: wrote {page.relative_to(ROOT)}")
     return left_out
 

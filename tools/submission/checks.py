@@ -18,7 +18,7 @@ from src import ROOT, ProjectError
 from src.provenance import code_fingerprint
 from src.results import load_results, reports_folder
 from tools import notebooks
-from tools.html import digest
+from tools.html import digest, theory_text
 
 # The questions of the assignment as the headings in theory/ number them; the parts of the fourth
 # belong to Practical 2. Each Practical is quoted by the notebook that answers it.
@@ -291,7 +291,7 @@ def _answer_problems(runs: list[Run]) -> Iterator[str]:
     """Every question of the assignment has its answer; no theory file is empty or half done."""
     numbered = set()
     for path in sorted((ROOT / "theory").glob("[0-9]*.md")):
-        text = path.read_text(encoding="utf-8")
+        text = theory_text(path)
         blocks = markdown_blocks(text, path.name)
         if not any(block.kind == "text" for block in blocks):
             yield f"{path.name}: it is empty"
