@@ -1,5 +1,6 @@
 """Finding a data set, reading image files, and splitting samples."""
 
+import errno
 import io
 import os
 import socket
@@ -94,6 +95,10 @@ def test_smoke_takes_the_standin_even_where_data_are(tmp_path):
         ("cifar10", "data_batch_1", "cifar-10-batches-py/"),
         ("cifar10", "cifar-10-batches-bin/data_batch_1.bin", "cifar-10-batches-py/"),
         ("cifar10", "torch/cifar-10-batches-py/data_batch_1", "cifar-10-batches-py/"),
+        ("cifar10", "cifar/data_batch_1", "cifar-10-batches-py/"),
+        ("cifar10", "CIFAR-10-images/train/airplane/0.png", "cifar10/{train,test}/<class>"),
+        ("cifar10", "pictures/test/airplane/0.png", "cifar10/{train,test}/<class>"),
+        ("coco", "kaggle/coco2017/annotations/instances_val2017.json", "coco/annotations/"),
         ("coco", "annotations/instances_val2014.json", "instances_{train2017,val2017}.json"),
         ("coco", "instances_val2017.json", "coco/annotations/instances_{train2017,val2017}"),
         ("coco", "mscoco/annotations/instances_val2017.json", "coco/annotations/instances_"),
@@ -117,6 +122,20 @@ def test_a_folder_of_something_else_is_described(tmp_path, capsys):
         (tmp_path / "user" / name).mkdir(parents=True)
     assert find("coco", "demo", tmp_path / "user").is_standin
     assert "MS COCO: HW3_DATA holds none, only a, b, c, d, e, f ...\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dataset", SETS)
+def test_a_folder_that_cannot_be_read_is_one_line(tmp_path, monkeypatch, dataset):
+    """Also where the tests run as root, who may read everything."""
+
+    def refuse(path, *arguments, **options):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "iterdir", refuse)
+        with pytest.raises(DataError, match="HW3_DATA .*Permission denied") as caught:
+            find(dataset, folder=tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_describe_and_repr_show_counts_but_no_folder(tmp_path):

@@ -338,6 +338,15 @@ def test_a_wrong_entry_is_named(tmp_path, section, key, value, message):
     assert "instances_val2017.json" in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("width, height", [(10**6, 10**6), (2**31, 8), (8, 10**9)])
+def test_a_photo_of_impossible_size_is_named(tmp_path, width, height):
+    """Its outlines are filled before it is read, which would take all memory."""
+    content = document(1, 2)
+    content["images"][1] |= {"width": width, "height": height}
+    with pytest.raises(DataError, match='entry 1 of "images" has .* pixels'):
+        datasets.load_coco("val2017", write_coco(tmp_path, content))
+
+
 def test_a_category_twice_is_named(tmp_path):
     twice = [{"id": 3, "name": name, "supercategory": "vehicle"} for name in ("car", "cat")]
     with pytest.raises(DataError, match='entry 1 of "categories" has the id 3 of an entry before'):

@@ -378,7 +378,13 @@ def test_what_is_not_a_notebook_is_one_line(project, text):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("where", ["project", "notebooks", "elsewhere, with HW3_ROOT", "elsewhere"])
+@pytest.mark.parametrize(
+    "where",
+    [
+        *("project", "notebooks", "elsewhere"),
+        *("elsewhere, with HW3_ROOT", "elsewhere, with HW3_ROOT and blanks"),
+    ],
+)
 def test_the_first_cell_finds_the_project(where, tmp_path):
     code = next(
         cell.source
@@ -387,7 +393,9 @@ def test_the_first_cell_finds_the_project(where, tmp_path):
     )
     folder = {"project": ROOT, "notebooks": ROOT / "notebooks"}.get(where, tmp_path)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("HW3_")} | (
-        {"HW3_ROOT": str(ROOT)} if "HW3_ROOT" in where else {}
+        {"HW3_ROOT": f' "{ROOT}" ' if "blanks" in where else str(ROOT)}
+        if "HW3_ROOT" in where
+        else {}
     )
     done = subprocess.run(
         [sys.executable, "-c", code + "\nimport src; print(src.ROOT)"],
