@@ -5,9 +5,11 @@ the stand-in into `reports/standin/`, a demonstration on real data into `reports
 """
 
 import argparse
+import asyncio
 import atexit
 import contextlib
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -30,14 +32,7 @@ class _Client(NotebookClient):
     """Run a notebook; show its progress bars in the runner's own bar and do not store them."""
 
     bar: tqdm
-
-    def execute(self):
-        try:
-            return super().execute()
-        except Exception:  # which one depends on what the signal met
-            if hasattr(self, "_async_cleanup_kernel_future"):  # nbclient was told to stop
-                raise KeyboardInterrupt from None
-            raise
+    stopped = False  # by a signal
 
     def process_message(self, msg, cell, cell_index):
         content = msg["content"]
@@ -97,7 +92,19 @@ def run(name: str, folder: Path | None = None) -> nbformat.NotebookNode:
             except ProjectError as error:  # such as a full disk: no reason to end the run
                 client.bar.set_postfix_str(str(error)[:80])
 
-        client.on_cell_executed = executed
+        def started(**_):
+            loop, task = asyncio.get_running_loop(), asyncio.current_task()
+
+            def stop():
+                client.stopped = True
+                task.cancel()
+
+            # nbclient's own handler only stops the kernel, and the error that follows tells not why
+            with contextlib.suppress(RuntimeError):  # Windows raises KeyboardInterrupt by itself
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    loop.add_signal_handler(number, stop)
+
+        client.on_notebook_start, client.on_cell_executed = started, executed
         try:
             client.execute()
         except CellExecutionError as error:
@@ -105,7 +112,9 @@ def run(name: str, folder: Path | None = None) -> nbformat.NotebookNode:
             outputs = [cell.get("outputs", []) for cell in notebook.cells]
             broken = [any(one.output_type == "error" for one in shown) for shown in outputs]
             failed = f"cell {broken.index(True) + 1} failed: {error.ename}: {error.evalue}"
-        except DeadKernelError:
+        except (DeadKernelError, asyncio.CancelledError):
+            if client.stopped:
+                raise KeyboardInterrupt from None
             failed = "the kernel died (out of memory?)."
         except RuntimeError as error:  # it did not start
             atexit.unregister(client._cleanup_kernel)  # which would fail, too
@@ -165,7 +174,6 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments).name or notebooks.names()
     try:
         settings.read()
-        notebooks.check_sources()
         for name in chosen:
             notebooks.read(name)
     except ProjectError as error:
