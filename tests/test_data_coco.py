@@ -347,6 +347,23 @@ def test_a_photo_of_impossible_size_is_named(tmp_path, width, height):
         datasets.load_coco("val2017", write_coco(tmp_path, content))
 
 
+@pytest.mark.parametrize("number", [2**63, -(2**63) - 1, 10**30])
+def test_an_id_that_no_array_can_hold_is_named(tmp_path, number):
+    content = document(1, 2)
+    content["images"][1]["id"] = number
+    with pytest.raises(DataError, match=f'entry 1 of "images" has the id {number}, which does not'):
+        datasets.load_coco("val2017", write_coco(tmp_path, content))
+
+
+@pytest.mark.parametrize("folder", ["", "elsewhere/"])
+def test_two_images_with_one_file_are_named(tmp_path, folder):
+    """Otherwise one photo could get into training and validation."""
+    content = document(1, 2)
+    content["images"][1]["file_name"] = folder + content["images"][0]["file_name"]
+    with pytest.raises(DataError, match='several entries of "images" have the file .*: keep one'):
+        datasets.load_coco("val2017", write_coco(tmp_path, content))
+
+
 def test_a_category_twice_is_named(tmp_path):
     twice = [{"id": 3, "name": name, "supercategory": "vehicle"} for name in ("car", "cat")]
     with pytest.raises(DataError, match='entry 1 of "categories" has the id 3 of an entry before'):
