@@ -104,6 +104,19 @@ def test_without_git_the_commit_is_unknown(monkeypatch, error):
     assert provenance.commit() == "unknown"
 
 
+def test_the_commit_is_this_projects_own(monkeypatch, tmp_path):
+    """Not that of a repository in whose folder it was unpacked."""
+    inner = tmp_path / "repository" / "HW3"
+    inner.mkdir(parents=True)
+    git = ["git", "-C", str(inner.parent), "-c", "user.name=A", "-c", "user.email=a@b.c"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "Begin"], check=True)
+    monkeypatch.setattr(provenance, "ROOT", inner)
+    assert provenance.commit() == "unknown"
+    monkeypatch.setattr(provenance, "ROOT", inner.parent)
+    assert len(provenance.commit()) == 40
+
+
 # --- object_digest
 @dataclass
 class Settings:
@@ -216,6 +229,8 @@ def made(base=object, **parts):
         [made(margin=margin) for margin in (0.2, 0.3)],
         [made(margin=margin)() for margin in (0.2, 0.3)],
         [made(width=property(width)) for width in (lambda self: 1, lambda self: 2)],
+        [made(base=made(f=f)) for f in (lambda self: 1, lambda self: 2)],
+        [nn.Sequential(made(nn.Module, margin=margin)()) for margin in (0.2, 0.3)],
         [nn.Sequential(made(nn.Module, forward=f)()) for f in (lambda s, x: x, lambda s, x: -x)],
         [TensorDataset(X), TensorDataset(X + 1)],
         [np.float32(1), np.float32(2)],
@@ -227,3 +242,11 @@ def made(base=object, **parts):
 )
 def test_values_of_every_kind_count(one, other):
     assert provenance.object_digest(one) != provenance.object_digest(other)
+
+
+def test_addresses_do_not_count():
+    one, other = (
+        [object(), np.random.default_rng(0), [].append, functools.cache(loss)] for _ in range(2)
+    )
+    assert repr(one) != repr(other)
+    assert provenance.object_digest(one) == provenance.object_digest(other)

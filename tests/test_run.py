@@ -250,20 +250,6 @@ def test_a_copy_that_cannot_be_written_does_not_end_the_run(project, tmp_path):
     assert outputs(notebooks.read("a"))[-1].text == "an hour\n"
 
 
-@pytest.mark.parametrize("copy", [".ipynb_checkpoints/data-checkpoint.py", "._data.py"])
-def test_hidden_copies_beside_the_code_are_named_before_anything_runs(
-    project, tmp_path, capsys, copy
-):
-    project("a", ["print(1)"])
-    path = tmp_path / "src" / copy
-    path.parent.mkdir(parents=True)
-    path.write_bytes(b"\x00\x05\x16\x07\xff")
-    assert run.main(["a"]) == 1
-    error = capsys.readouterr().err
-    assert error == f"Error: src/{copy} is a hidden copy beside the code: remove it.\n"
-    assert not outputs(notebooks.read("a"))
-
-
 @pytest.mark.parametrize(
     "words, environment, message",
     [

@@ -9,7 +9,6 @@ import nbformat
 
 from src import ROOT, ProjectError
 from src.files import write_whole
-from src.provenance import FINGERPRINTED
 
 FOLDER = ROOT / "notebooks"
 _DEFINING = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
@@ -18,22 +17,6 @@ _DEFINING = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assi
 def names() -> list[str]:
     """List the notebooks' names in alphabetical order."""
     return sorted(path.stem for path in FOLDER.glob("*.ipynb"))
-
-
-def check_sources() -> None:
-    """Refuse hidden copies of code in `src`, which count as code in the fingerprint.
-
-    JupyterLab leaves them where a file was opened (`.ipynb_checkpoints/`), macOS on foreign disks
-    (`._name.py`). A run beside them could not be handed in after they are gone.
-
-    Raises:
-        ProjectError: There is one; names it.
-    """
-    folder = FOLDER.parent
-    for path in sorted((folder / "src").rglob("*")):
-        name = path.relative_to(folder)
-        if path.suffix in FINGERPRINTED and any(part.startswith(".") for part in name.parts):
-            raise ProjectError(f"{name.as_posix()} is a hidden copy beside the code: remove it.")
 
 
 def read(name: str) -> nbformat.NotebookNode:

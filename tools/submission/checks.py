@@ -88,9 +88,8 @@ def find_runs(allow_standin: bool) -> list[Run]:
     Where the stand-in is allowed and a notebook cannot go as it is, its run on the stand-in goes.
 
     Raises:
-        ProjectError: A notebook cannot be read, or there is a hidden copy beside the code.
+        ProjectError: A notebook cannot be read.
     """
-    notebooks.check_sources()
     runs = []
     for name in notebooks.names():
         run = Run(name, notebooks.FOLDER / f"{name}.ipynb", notebooks.read(name))
