@@ -169,7 +169,7 @@ def test_a_checkpoint_of_other_code_in_src_is_not_continued(monkeypatch, capsys)
     """Functions of other modules are not seen in the objects of a training."""
     with pytest.raises(KeyboardInterrupt):
         train(stop_after=9)
-    monkeypatch.setattr(training, "code_fingerprint", lambda: "other", raising=False)
+    monkeypatch.setattr(training, "_code", lambda: "other")
     train()
     assert "continues" not in capsys.readouterr().out
 
