@@ -79,8 +79,8 @@ def find_source(
         mirror: base address that replaces the official hosts (`HW3_MIRROR`).
 
     Raises:
-        DataError: `folder` holds it in another layout; a download cannot be stored or has a
-            wrong checksum.
+        DataError: `folder` cannot be read, or holds it in another layout; a download cannot be
+            stored or has a wrong checksum.
     """
     title = dataset.title
 
@@ -91,10 +91,15 @@ def find_source(
         online = profile != "demo"
         if folder is None:
             print(f"{title}: HW3_DATA is not set")
-        elif dataset.is_in(folder, profile):
-            return Source(title, "HW3_DATA", folder)
         else:
-            print(f"{title}: HW3_DATA holds none{_other_content(dataset, folder)}")
+            try:
+                if dataset.is_in(folder, profile):
+                    return Source(title, "HW3_DATA", folder)
+                print(f"{title}: HW3_DATA holds none{_other_content(dataset, folder)}")
+            except OSError as error:
+                raise DataError(
+                    f"HW3_DATA cannot be read ({error.strerror}): make it readable, or unset it"
+                ) from error
         if dataset.is_in(DATA, profile):
             return Source(title, "data/", DATA, downloads=online, mirror=mirror)
         print(f"{title}: data/ holds none")

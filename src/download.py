@@ -168,8 +168,9 @@ def _download(
                 final = isinstance(error, urllib.error.HTTPError) and error.code < 500
                 if wait is None or (final and error.code not in _TRY_AGAIN):
                     kept = "; the part that arrived is kept, run again to go on"
+                    reason = " ".join(str(error).split())  # that of a loop has several lines
                     raise DownloadError(
-                        f"download of {url} failed ({error}){kept * part.exists()}"
+                        f"download of {url} failed ({reason}){kept * part.exists()}"
                     ) from error
                 time.sleep(wait)
         if md5 and not check_integrity(part, md5):

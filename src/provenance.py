@@ -2,10 +2,12 @@
 
 import ast
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import sysconfig
@@ -29,10 +31,14 @@ def code_fingerprint(*notebooks: Path, folder: Path = ROOT) -> str:
     """Digest the code behind a result: that of `src`, its data files, and the given notebooks.
 
     It is taken from the syntax trees without comments, docstrings, formatting and line endings, so
-    that none of these makes a result look older than its code. It needs no git.
+    that none of these makes a result look older than its code. Hidden files do not count, such as
+    the copies that JupyterLab (`.ipynb_checkpoints/`) and macOS (`._name.py`) leave. It needs no
+    git.
     """
     digest = hashlib.sha256()
     for path in sorted(p for p in (folder / "src").rglob("*") if p.suffix in FINGERPRINTED):
+        if any(part.startswith(".") for part in path.relative_to(folder).parts):
+            continue
         name, text = path.relative_to(folder).as_posix(), path.read_text(encoding="utf-8")
         content = _tree(text) if path.suffix == ".py" else text
         digest.update(f"{name}\n{content}\n".encode())
@@ -70,7 +76,10 @@ def _tree(source: str) -> str:
 
 
 def commit() -> str:
-    """The commit of this code, `+changes` where the code differs, "unknown" without git."""
+    """The commit of this code, `+changes` where the code differs.
+
+    "unknown" without git, and inside another project's repository.
+    """
 
     def git(*words: str) -> str:
         done = subprocess.run(
@@ -79,6 +88,8 @@ def commit() -> str:
         return done.stdout.strip()
 
     try:
+        if not Path(git("rev-parse", "--show-toplevel")).samefile(ROOT):
+            return "unknown"
         changes = git("status", "--porcelain", "--", "src", "requirements.txt")
         return git("rev-parse", "HEAD") + ("+changes" if changes else "")
     except (OSError, subprocess.SubprocessError):
@@ -121,8 +132,8 @@ def object_digest(*objects) -> str:
     """Digest what objects are and do: values, tensors, and functions with all that they use.
 
     A function counts with its code, its defaults, what it closes over, and the functions, classes
-    and values of this project that it names. So a checkpoint can tell whether the loss, the data or
-    the network behind it are still the same.
+    and values of this project that it names, but not with what it reaches through a module. So a
+    checkpoint can tell whether the loss, the data or the network behind it are still the same.
     """
     digest, seen, kept = hashlib.sha256(), set(), []
 
@@ -154,6 +165,18 @@ def object_digest(*objects) -> str:
                 put(name)
                 add(value)
 
+    def add_class(kind: type) -> None:
+        for name, part in sorted(vars(kind).items()):
+            if isinstance(part, (types.FunctionType, staticmethod, classmethod)):
+                put(name)
+                add_function(getattr(part, "__func__", part))
+            elif isinstance(part, property):
+                put(name)
+                add([part.fget, part.fset])
+            elif not name.startswith("__"):  # those describe the class
+                put(name)
+                add(part)
+
     def add_tensor(tensor: torch.Tensor) -> None:
         put((tensor.dtype, tuple(tensor.shape)))
         if tensor.numel() * tensor.element_size() > _HASHED_WHOLE:
@@ -181,9 +204,10 @@ def object_digest(*objects) -> str:
             put((value.dtype, value.shape))
             digest.update(np.ascontiguousarray(value).tobytes())
         elif isinstance(value, torch.nn.Module):
-            add(type(value))
             put(value)
-            add({k: v for k, v in vars(value).items() if not k.startswith("_")})
+            for part in value.modules():
+                add(type(part))
+                add({k: v for k, v in vars(part).items() if not k.startswith("_")})
             add(dict(value.state_dict()))
         elif isinstance(value, types.MethodType):
             add(value.__self__)
@@ -192,10 +216,10 @@ def object_digest(*objects) -> str:
             add_function(value) if _is_ours(value) else put(value.__qualname__)
         elif isinstance(value, type):
             put(value.__qualname__)
-            for name, part in sorted(vars(value).items()) if _is_ours(value) else ():
-                if isinstance(part, (types.FunctionType, staticmethod, classmethod)):
-                    put(name)
-                    add_function(getattr(part, "__func__", part))
+            for kind in filter(_is_ours, value.__mro__):
+                add_class(kind)
+        elif isinstance(value, functools.partial):
+            add([value.func, value.args, value.keywords])
         elif isinstance(value, dict):
             for key, part in value.items():
                 put(repr(key))
@@ -207,11 +231,17 @@ def object_digest(*objects) -> str:
             put(sorted(map(repr, value)))
         elif hasattr(type(value), "digest_parts"):  # an object of which only some parts matter
             add(value.digest_parts())
-        elif dataclasses.is_dataclass(value) or _is_ours(type(value)):
+        elif (
+            dataclasses.is_dataclass(value)
+            or _is_ours(type(value))
+            or isinstance(value, torch.utils.data.Dataset)
+        ):
             add(type(value))
             add(vars(value))
         elif isinstance(value, torch.utils.data.DataLoader):
             add(value.dataset)
+        else:
+            put(re.sub(" at 0x[0-9A-Fa-f]+", "", repr(value)))  # addresses differ from run to run
 
     for each in objects:
         add(each)

@@ -1,5 +1,6 @@
 """Train, keep the best epoch, survive interruptions; save and load models."""
 
+import functools
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from src import ROOT, ProjectError
 from src.device import Runtime, Stopwatch, is_out_of_memory, seed_everything
 from src.files import replacing
-from src.provenance import object_digest
+from src.provenance import code_fingerprint, object_digest
 
 CHECKPOINTS = ROOT / "data" / "checkpoints"
 TIMED = 10  # steps from which a training's time is estimated
@@ -145,6 +146,7 @@ def fit(
     identity = object_digest(
         [name, seed, epochs, str(runtime.device), str(runtime.autocast), torch.__version__],
         [group | {"params": None} for group in optimizer.state_dict()["param_groups"]],
+        [_code(), lr_scheduler and lr_scheduler.state_dict()],
         [ema_decay, model, batches, step, validate],
     )
     checkpoint = CHECKPOINTS / f"{name.replace(' ', '_')}-{identity}.pt"
@@ -157,7 +159,7 @@ def fit(
     stepper = _Stepper(name, model, optimizer, lr_scheduler, scaler, step, runtime)
     history, best = [], None
     average = {k: v.detach().clone() for k, v in model.state_dict().items()} if ema_decay else None
-    saved = _read_checkpoint(checkpoint)
+    saved = _read_checkpoint(checkpoint, [*stateful, "history", "best", "average", "steps"])
     if saved:
         for key, part in stateful.items():
             part.load_state_dict(saved[key])
@@ -306,11 +308,18 @@ def _update_average(average: dict, model: nn.Module, decay: float, steps: int) -
             average[key].copy_(value)
 
 
-def _read_checkpoint(path: Path) -> dict | None:
+@functools.cache
+def _code() -> str:
+    """The fingerprint of `src`, as a training also depends on code that its objects do not show."""
+    return code_fingerprint()
+
+
+def _read_checkpoint(path: Path, keys: Iterable[str]) -> dict | None:
     if not path.exists():
         return None
     try:
-        return torch.load(path, weights_only=True)
+        saved = torch.load(path, weights_only=True)
+        return {key: saved[key] for key in keys}
     except (
         Exception
     ) as error:  # torch.load raises many kinds; a broken file must not stop a training
@@ -385,7 +394,7 @@ def load_model(build: Callable[[dict], nn.Module], path: Path) -> nn.Module:
     wanted = {k: v.shape for k, v in model.state_dict().items()}
     if wanted != stored:
         differing = sorted(
-            k for k in wanted.keys() | stored.keys() if wanted.get(k) != stored.get(k)
+            (k for k in wanted.keys() | stored.keys() if wanted.get(k) != stored.get(k)), key=str
         )
         raise ProjectError(
             f"{path.name} is of another model ({len(differing)} entries differ, first "

@@ -176,8 +176,10 @@ def annotations(rng: random.Random, folder: Path) -> Callable[[], None]:
         coco, image_path = datasets.load_coco("val2017", source, choice)
         for annotation in coco.anns.values():
             assert annotation["image_id"] in coco.imgs and annotation["category_id"] in coco.cats
-            mask = datasets.coco_mask(annotation, 16, 16)
-            assert mask is None or (mask.shape == (16, 16) and set(np.unique(mask)) <= {0, 1})
+            photo = coco.imgs[annotation["image_id"]]
+            shape = photo["height"], photo["width"]
+            mask = datasets.coco_mask(annotation, *shape)
+            assert mask is None or (mask.shape == shape and set(np.unique(mask)) <= {0, 1})
         for info in coco.imgs.values():
             image_path(info)
 

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import gzip
 import hashlib
 import http.server
 import io
@@ -32,7 +33,8 @@ class Mirror(http.server.ThreadingHTTPServer):
 
     `faults` lists by path what goes wrong at each request, one after the other; those under "" go
     on for all paths. They are "cut" (half of it arrives), "no length", "bad length", "no ranges",
-    "page" and "disguised page" (a web page with status 200), or a status such as "403".
+    "page" and "disguised page" (a web page with status 200), "packed" (with gzip, unasked), "loop"
+    (of redirections), or a status such as "403".
     `asked` lists (path, range) of all requests.
     """
 
@@ -64,6 +66,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         del self.server.faults[path][:1]
         if status := next((fault for fault in faults if fault.isdigit()), None):
             return self.send_error(int(status))
+        if "loop" in faults:
+            self.send_response(302)
+            self.send_header("Location", self.path)
+            return self.end_headers()
         if page := next((fault for fault in faults if fault.endswith("page")), None):
             self.send_response(200)
             self.send_header("Content-Type", "text/html" if page == "page" else "image/jpeg")
@@ -76,8 +82,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         start = int(asked[len("bytes=") : -1]) if asked and "no ranges" not in faults else 0
         if start and start >= len(content):
             return self.send_error(416)
-        rest = content[start:]
+        rest = gzip.compress(content[start:]) if "packed" in faults else content[start:]
         self.send_response(206 if start else 200)
+        if "packed" in faults:
+            self.send_header("Content-Encoding", "gzip")
         if "no length" not in faults:
             length = "abc" if "bad length" in faults else str(len(rest))
             self.send_header("Content-Length", length)

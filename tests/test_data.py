@@ -1,5 +1,6 @@
 """Finding a data set, reading image files, and splitting samples."""
 
+import errno
 import io
 import os
 import socket
@@ -10,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from src import data, datasets
+from src import data, datasets, objects, views
 from src.data import DataError, Source
 
 SETS = {"cifar10": datasets.CIFAR10, "coco": datasets.COCO, "photos": datasets.PHOTOS}
@@ -94,6 +95,10 @@ def test_smoke_takes_the_standin_even_where_data_are(tmp_path):
         ("cifar10", "data_batch_1", "cifar-10-batches-py/"),
         ("cifar10", "cifar-10-batches-bin/data_batch_1.bin", "cifar-10-batches-py/"),
         ("cifar10", "torch/cifar-10-batches-py/data_batch_1", "cifar-10-batches-py/"),
+        ("cifar10", "cifar/data_batch_1", "cifar-10-batches-py/"),
+        ("cifar10", "CIFAR-10-images/train/airplane/0.png", "cifar10/{train,test}/<class>"),
+        ("cifar10", "pictures/test/airplane/0.png", "cifar10/{train,test}/<class>"),
+        ("coco", "kaggle/coco2017/annotations/instances_val2017.json", "coco/annotations/"),
         ("coco", "annotations/instances_val2014.json", "instances_{train2017,val2017}.json"),
         ("coco", "instances_val2017.json", "coco/annotations/instances_{train2017,val2017}"),
         ("coco", "mscoco/annotations/instances_val2017.json", "coco/annotations/instances_"),
@@ -117,6 +122,20 @@ def test_a_folder_of_something_else_is_described(tmp_path, capsys):
         (tmp_path / "user" / name).mkdir(parents=True)
     assert find("coco", "demo", tmp_path / "user").is_standin
     assert "MS COCO: HW3_DATA holds none, only a, b, c, d, e, f ...\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dataset", SETS)
+def test_a_folder_that_cannot_be_read_is_one_line(tmp_path, monkeypatch, dataset):
+    """Also where the tests run as root, who may read everything."""
+
+    def refuse(path, *arguments, **options):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "iterdir", refuse)
+        with pytest.raises(DataError, match="HW3_DATA .*Permission denied") as caught:
+            find(dataset, folder=tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_describe_and_repr_show_counts_but_no_folder(tmp_path):
@@ -155,6 +174,30 @@ def test_sixteen_bits_keep_their_range(tmp_path):
     image = np.asarray(data.read_image(tmp_path / "deep.png"))
     assert image.shape == (4, 256, 3)
     np.testing.assert_array_equal(image[0, :, 0], np.arange(256))
+
+
+def test_every_reader_keeps_the_range_of_sixteen_bits(tmp_path):
+    """Clipped at 255, this picture would be all white."""
+    pixels = np.linspace(2000, 60000, 32 * 32).astype(np.uint16).reshape(32, 32)
+    wanted = (pixels / 257).round()
+    for name in ("cifar10/train/airplane", "cifar10/test/airplane"):
+        (tmp_path / name).mkdir(parents=True)
+        Image.fromarray(pixels).save(tmp_path / name / "a.png")
+    path = tmp_path / "cifar10/train/airplane/a.png"
+    with Image.open(path) as image:
+        squares = [data.central_square(x, 32)[0][0, 0].numpy() * 255 for x in (path, image)]
+    cifar = datasets.load_cifar10(Source("CIFAR-10", "HW3_DATA", tmp_path), ("airplane",))
+    canvases, _ = views.make_canvases([path], side=32)
+    read = {
+        "read_image": np.asarray(data.read_image(path))[..., 0],
+        "of a path": squares[0],
+        "of an image": squares[1],
+        "CIFAR-10": cifar.test_images[0, 0].numpy(),
+        "COCO": objects.read_photo(path, {"width": 32, "height": 32})[..., 0],
+        "canvases": canvases[0, 0, 1::3, 1::3].numpy(),
+    }
+    for reader, values in read.items():
+        assert np.abs(values - wanted).max() < (3 if reader == "canvases" else 1e-3), reader
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "RGB"])

@@ -216,6 +216,18 @@ def test_hidden_files_are_not_images(tmp_path):
     assert len(datasets.load_cifar10(Source("CIFAR-10", "data/", tmp_path)).train_images) == 6
 
 
+def test_files_and_folders_beside_the_images_do_not_matter(tmp_path, batches):
+    write_class_folders(tmp_path / "user")
+    for name in ("train/airplane/Thumbs.db", "train/airplane/notes.txt", "train/list.csv"):
+        (tmp_path / "user/cifar10" / name).write_text("a stray file")
+    for name in ("train/airplane/more", "train/unknown", "val", "train/.ipynb_checkpoints"):
+        (tmp_path / "user/cifar10" / name).mkdir()
+    (batches[0] / CIFAR10.base_folder / "readme.html").write_text("a stray file")
+    for folder in (tmp_path / "user", batches[0]):
+        loaded = datasets.load_cifar10(Source("CIFAR-10", "HW3_DATA", folder))
+        assert loaded.train_labels.tolist() == [0, 0, 0, 1, 1, 1]
+
+
 def test_unknown_class(tmp_path):
     write_class_folders(tmp_path)
     with pytest.raises(

@@ -309,6 +309,7 @@ MISSING = object()
 @pytest.mark.parametrize(
     "section, key, value, message",
     [
+        ("categories", "id", "3", 'entry 0 of "categories" has "id": "3", .* of type int'),
         ("categories", "name", MISSING, 'entry 0 of "categories" has no "name"'),
         ("categories", "name", None, 'entry 0 of "categories" has "name": null, .*not of type str'),
         ("categories", "supercategory", 4, 'entry 0 of "categories" has "supercategory": 4'),
@@ -335,6 +336,45 @@ def test_a_wrong_entry_is_named(tmp_path, section, key, value, message):
     with pytest.raises(DataError, match=message) as caught:
         datasets.load_coco("val2017", write_coco(tmp_path, content))
     assert "instances_val2017.json" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("width, height", [(10**6, 10**6), (2**31, 8), (8, 10**9)])
+def test_a_photo_of_impossible_size_is_named(tmp_path, width, height):
+    """Its outlines are filled before it is read, which would take all memory."""
+    content = document(1, 2)
+    content["images"][1] |= {"width": width, "height": height}
+    with pytest.raises(DataError, match='entry 1 of "images" has .* pixels'):
+        datasets.load_coco("val2017", write_coco(tmp_path, content))
+
+
+@pytest.mark.parametrize("number", [2**63, -(2**63) - 1, 10**30])
+def test_an_id_that_no_array_can_hold_is_named(tmp_path, number):
+    content = document(1, 2)
+    content["images"][1]["id"] = number
+    with pytest.raises(DataError, match=f'entry 1 of "images" has the id {number}, which does not'):
+        datasets.load_coco("val2017", write_coco(tmp_path, content))
+
+
+@pytest.mark.parametrize("folder", ["", "elsewhere/"])
+def test_two_images_with_one_file_are_named(tmp_path, folder):
+    """Otherwise one photo could get into training and validation."""
+    content = document(1, 2)
+    content["images"][1]["file_name"] = folder + content["images"][0]["file_name"]
+    with pytest.raises(DataError, match='several entries of "images" have the file .*: keep one'):
+        datasets.load_coco("val2017", write_coco(tmp_path, content))
+
+
+def test_a_category_twice_is_named(tmp_path):
+    twice = [{"id": 3, "name": name, "supercategory": "vehicle"} for name in ("car", "cat")]
+    with pytest.raises(DataError, match='entry 1 of "categories" has the id 3 of an entry before'):
+        datasets.load_coco("val2017", write_coco(tmp_path, document() | {"categories": twice}))
+
+
+def test_annotations_with_a_byte_order_mark_are_read(tmp_path):
+    source = write_coco(tmp_path, document())
+    file = tmp_path / "annotations" / "instances_val2017.json"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert sorted(datasets.load_coco("val2017", source)[0].imgs) == [1]
 
 
 def test_entries_that_are_no_objects_are_named(tmp_path):
@@ -447,6 +487,18 @@ def test_outlines_that_cannot_be_filled_give_none(segmentation):
 def test_a_box_far_outside_of_the_photo_gives_none(bbox):
     assert outline([TRIANGLE], bbox) is None
     assert outline([TRIANGLE], (0, 0, 4, 4)).sum() > 0
+
+
+@pytest.mark.parametrize("iscrowd", [0, 1])
+def test_runs_in_every_form_give_the_same_mask(iscrowd):
+    expected = np.zeros((6, 8), np.uint8)
+    expected[1:5, 2:7] = 1
+    packed = pymask.encode(np.asfortranarray(expected))["counts"]
+    borders = np.flatnonzero(np.diff(expected.T.ravel(), prepend=0)).tolist()
+    lengths = np.diff([0, *borders, 48]).tolist()
+    for counts in (packed, packed.decode(), lengths):
+        shape = {"segmentation": runs(counts), "bbox": [0, 0, 8, 6], "iscrowd": iscrowd}
+        np.testing.assert_array_equal(datasets.coco_mask(shape, 6, 8), expected)
 
 
 def test_outlines_a_little_outside_are_cut_at_the_border():

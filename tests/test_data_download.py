@@ -5,7 +5,9 @@ import hashlib
 import io
 import os
 import shutil
+import urllib.request
 import zipfile
+from concurrent import futures
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +83,38 @@ def test_a_length_that_is_missing_or_no_number(mirror, big, tmp_path, fault):
     mirror.faults[""] = [fault]
     download.download(big, tmp_path / "big", md5(CONTENT))
     assert (tmp_path / "big").read_bytes() == CONTENT
+
+
+def test_a_server_may_take_its_time_and_is_never_asked_for_a_head(big, tmp_path, monkeypatch):
+    """One that answers after 15 seconds, and to GET only."""
+    asked = []
+
+    def slow(request, timeout, answer=urllib.request.urlopen):
+        asked.append(getattr(request, "get_method", lambda: "GET")())
+        if timeout < 15:
+            raise TimeoutError("timed out")
+        return answer(request, timeout=timeout)
+
+    def result(future, timeout=None, wait=futures.Future.result):
+        if timeout is not None and timeout < 15:
+            raise futures.TimeoutError
+        return wait(future, timeout)
+
+    monkeypatch.setattr(urllib.request, "urlopen", slow)
+    monkeypatch.setattr(futures.Future, "result", result)
+    download.download(big, tmp_path / "big", md5(CONTENT))
+    assert asked == ["GET", "GET"]
+
+
+def test_a_loop_of_redirections_and_packed_content_are_no_file(mirror, big, tmp_path):
+    mirror.faults[""] = ["loop"]
+    with pytest.raises(DownloadError, match="infinite loop") as error:
+        download.download(big, tmp_path / "big")
+    assert "\n" not in str(error.value)
+    mirror.faults[""] = ["packed"]
+    with pytest.raises(DataError, match="wrong checksum .* and was removed"):
+        download.download(big, tmp_path / "big", md5(CONTENT))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_refusal_is_final_and_an_overload_is_not(mirror, big, tmp_path):

@@ -212,6 +212,10 @@ def test_page_of_a_copied_notebook_finds_the_projects_files(tmp_path, sample, mo
         ("a\r\nb\r\n", "a\nb"),
         ("x\r   \r", ""),
         ("\x1b[32mok\x1b[0m", "ok"),
+        ("10 %\b\b\b\b20 %", "20 %"),
+        ("\b\ba\n\bb", "a\nb"),
+        ("\x1b]8;;http://a\x07text\x1b]8;;\x07", "text"),
+        ("\x1b]0;title\x07\x1b[2K\x1b[1Aup", "up"),
     ],
 )
 def test_stream_shows_what_a_terminal_shows(text, shown):
@@ -309,6 +313,47 @@ def test_what_people_put_into_notebooks_is_shown(tmp_path):
     ), "the cell after the unclosed one stands by itself"
 
 
+def test_sound_films_and_pictures_from_files_and_data_are_embedded(tmp_path):
+    """As IPython's Audio, Video, Image and SVG, and a browser's own tags, put them into outputs."""
+    folder, film = tmp_path / "notebooks", "data:video/mp4;base64,AAAAHGZ0eXA="
+    folder.mkdir()
+    for name in ("film.mp4", "sound.wav", "fig.png"):
+        (folder / name).write_bytes(base64.b64decode(PIXEL))
+    text = convert(
+        tmp_path,
+        "# Title\n\n<video controls src='film.mp4'></video>",
+        with_outputs(
+            display("text/html", f'<video src="{film}" controls>Your browser has none.</video>'),
+            display("text/html", f'<video controls><source type="video/mp4" src="{film}"></video>'),
+            display("text/html", '<audio controls><source src="sound.wav"/></audio>'),
+            display("text/html", '<img src="fig.png" width="3" alt="A dot"/>'),
+            display("image/svg+xml", SVG, alt="A bar"),
+        ),
+    )
+    soup = bs4.BeautifulSoup(text, "html.parser")
+    assert not soup.find(class_="omitted")
+    films = [tag["src"] for tag in soup.select("video[src], video > source")]
+    assert films == [f"data:video/mp4;base64,{PIXEL}", film, film]
+    assert soup.audio.source["src"].startswith("data:audio/") and "wav;base64," in str(soup.audio)
+    assert [image["alt"] for image in soup.find_all("img")] == ["A dot", "A bar"]
+    assert all(image["src"].startswith("data:image/") for image in soup.find_all("img"))
+
+
+def test_an_img_without_alt_text_is_shown_and_told(tmp_path):
+    (tmp_path / "notebooks" / "figures").mkdir(parents=True)
+    (tmp_path / "notebooks" / "figures" / "bar.svg").write_text(SVG)
+    image, out = "<img src='figures/bar.svg' width='10'>", tmp_path / "sample.html"
+    shown = with_outputs(display("text/html", image))
+    lines = pages.notebook_to_html(write(tmp_path, f"# Title\n\n{image}", shown), out)
+    told = "a picture without alt text; write <img alt="
+    assert [line.split('"')[0] for line in lines] == [
+        f"sample.ipynb, cell {number}: {told}" for number in (1, 2)
+    ]
+    images = bs4.BeautifulSoup(out.read_bytes(), "html.parser").find_all("img")
+    assert [i["alt"] for i in images] == [page.UNDESCRIBED] * 2
+    assert all(i["src"].startswith("data:image/svg+xml;base64,") for i in images)
+
+
 def test_control_characters_never_reach_the_page(tmp_path):
     link = "\x1b]8;;http://a\x1b\\text\x1b]8;;\x1b\\"
     text = convert(
@@ -320,7 +365,7 @@ def test_control_characters_never_reach_the_page(tmp_path):
         ),
     )
     assert not re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f]", text)
-    assert '<pre class="stdout">ac text red</pre>' in text
+    assert '<pre class="stdout">c text red</pre>' in text
 
 
 def test_folded_code_and_captions(tmp_path):

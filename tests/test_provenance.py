@@ -1,13 +1,17 @@
 """The fingerprint of code, and the digest by which checkpoints know what they belong to."""
 
+import functools
 import json
 import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import TensorDataset
 
 from src import ROOT, provenance
 
@@ -67,18 +71,50 @@ def test_data_files_beside_the_code_count(project, tmp_path):
     assert project(CODE) != first
 
 
+@pytest.mark.parametrize("copy", [".ipynb_checkpoints/a-checkpoint.py", "._a.py"])
+def test_hidden_copies_beside_the_code_do_not_count(project, tmp_path, copy):
+    """What JupyterLab and macOS leave there."""
+    before, path = project(CODE), tmp_path / "src" / copy
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"\x00\x05\x16\x07\xff")
+    assert project(CODE) == before
+
+
 def test_no_file_in_src_is_left_out():
     files = [p for p in (ROOT / "src").rglob("[!.]*.*") if p.suffix != ".pyc"]
     assert {path.suffix for path in files} == set(provenance.FINGERPRINTED)
 
 
-@pytest.mark.parametrize("error", [FileNotFoundError("git"), subprocess.TimeoutExpired("git", 1)])
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError("git"),
+        PermissionError("git"),
+        subprocess.TimeoutExpired("git", 1),
+        subprocess.CalledProcessError(128, "git", "", "fatal: detected dubious ownership"),
+        subprocess.CalledProcessError(128, "git", "", "fatal: not a git repository"),
+    ],
+    ids=str,
+)
 def test_without_git_the_commit_is_unknown(monkeypatch, error):
     def fail(*_, **__):
         raise error
 
     monkeypatch.setattr(subprocess, "run", fail)
     assert provenance.commit() == "unknown"
+
+
+def test_the_commit_is_this_projects_own(monkeypatch, tmp_path):
+    """Not that of a repository in whose folder it was unpacked."""
+    inner = tmp_path / "repository" / "HW3"
+    inner.mkdir(parents=True)
+    git = ["git", "-C", str(inner.parent), "-c", "user.name=A", "-c", "user.email=a@b.c"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "Begin"], check=True)
+    monkeypatch.setattr(provenance, "ROOT", inner)
+    assert provenance.commit() == "unknown"
+    monkeypatch.setattr(provenance, "ROOT", inner.parent)
+    assert len(provenance.commit()) == 40
 
 
 # --- object_digest
@@ -175,3 +211,42 @@ def test_objects_that_refer_to_themselves_end():
     circle = {"a": 1}
     circle["self"] = circle
     assert provenance.object_digest(circle)
+
+
+def scaled(x, factor):
+    return factor * x
+
+
+def made(base=object, **parts):
+    """A class of this project."""
+    return type("Made", (base,), {"__module__": __name__} | parts)
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        [functools.partial(scaled, factor=factor) for factor in (2.0, 3.0)],
+        [made(margin=margin) for margin in (0.2, 0.3)],
+        [made(margin=margin)() for margin in (0.2, 0.3)],
+        [made(width=property(width)) for width in (lambda self: 1, lambda self: 2)],
+        [made(base=made(f=f)) for f in (lambda self: 1, lambda self: 2)],
+        [nn.Sequential(made(nn.Module, margin=margin)()) for margin in (0.2, 0.3)],
+        [nn.Sequential(made(nn.Module, forward=f)()) for f in (lambda s, x: x, lambda s, x: -x)],
+        [TensorDataset(X), TensorDataset(X + 1)],
+        [np.float32(1), np.float32(2)],
+        [np.int64(1), np.int64(2)],
+        [range(10), range(20)],
+        [Path("a"), Path("b")],
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_values_of_every_kind_count(one, other):
+    assert provenance.object_digest(one) != provenance.object_digest(other)
+
+
+def test_addresses_do_not_count():
+    one, other = (
+        [object(), np.random.default_rng(0), [].append, functools.cache(loss)] for _ in range(2)
+    )
+    assert repr(one) != repr(other)
+    assert provenance.object_digest(one) == provenance.object_digest(other)

@@ -236,7 +236,9 @@ def test_what_is_not_a_finite_metric_is_refused(reports, metric):
     "content",
     ['{"metrics":', "[]", "null", "{}", '{"metrics": []}', '{"metrics": {"a": {}}}',
      '{"metrics": {"a": {"value": NaN, "n": 1, "ci95": null, "unit": ""}}}',
-     '{"metrics": {"a": {"value": "x", "n": 1, "ci95": null, "unit": ""}}}', b"\xff\xfe"],
+     '{"metrics": {"a": {"value": "x", "n": 1, "ci95": null, "unit": ""}}}',
+     b"\xff\xfe", b"\xef\xbb\xbf{}", "",
+     '{"metrics": {"a": {"value": NaN, "n": NaN, "ci95": [NaN, NaN], "unit": ""}}}'],
 )  # fmt: skip
 def test_broken_results_files_get_one_line(tmp_path, content):
     path = tmp_path / "half.json"

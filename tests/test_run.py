@@ -161,6 +161,19 @@ def test_a_page_that_cannot_be_made_costs_no_outputs(project, tmp_path, capsys):
     assert len(outputs(notebooks.read("a"))) == 2
 
 
+def test_whatever_a_page_stumbles_over_the_other_notebooks_run(project, monkeypatch, capsys):
+    def stumble(path, page, real=run.notebook_to_html):
+        return 1 / 0 if path.stem == "a" else real(path, page)
+
+    monkeypatch.setattr(run, "notebook_to_html", stumble)
+    for name in "ab":
+        project(name, about(), ["print(1)"])
+    assert run.main([]) == 1
+    error = "Error: a: its page cannot be made (ZeroDivisionError: division by zero)."
+    assert error in capsys.readouterr().err
+    assert all(len(outputs(notebooks.read(name))) == 2 for name in "ab")
+
+
 @pytest.mark.parametrize(
     "kind, notebook, page",
     [
@@ -205,6 +218,38 @@ def test_a_killed_run_keeps_what_ran(tmp_path):
     assert [o.text for o in outputs(nbformat.read(kept, as_version=4))] == ["kept\n"]
 
 
+def test_an_interrupted_run_keeps_what_ran_and_starts_nothing_more(tmp_path):
+    copy_project(tmp_path, "src", "tools")
+    (tmp_path / "notebooks").mkdir()
+    cells = [nbformat.v4.new_code_cell(x) for x in ("print('kept')", "import time; time.sleep(99)")]
+    for name in "ab":
+        path = tmp_path / "notebooks" / f"{name}.ipynb"
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    kept = tmp_path / "reports" / "unfinished" / "a.ipynb"
+    with subprocess.Popen(**command(tmp_path)) as process:
+        for _ in range(600):
+            if kept.is_file() or process.poll() is not None:
+                break
+            time.sleep(0.1)
+        time.sleep(1)  # into the cell that waits
+        process.send_signal(signal.SIGINT)
+        try:
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 130 and "a: interrupted; what ran is in" in errors, errors
+    assert outputs(nbformat.read(kept, as_version=4))[0].text == "kept\n"
+    assert [path.name for path in kept.parent.iterdir()] == ["a.ipynb"], "b is not run"
+
+
+def test_a_copy_that_cannot_be_written_does_not_end_the_run(project, tmp_path):
+    (tmp_path / "reports").write_text("in the way, as a full disk is")
+    project("a", about(), ["print('an hour')"])
+    assert outputs(run.run("a"))[-1].text == "an hour\n"
+    assert run.main(["a"]) == 1, "there is no page"
+    assert outputs(notebooks.read("a"))[-1].text == "an hour\n"
+
+
 @pytest.mark.parametrize(
     "words, environment, message",
     [
@@ -234,6 +279,14 @@ def test_a_kernelspec_that_leads_elsewhere_does_not_matter(project, tmp_path, mo
     notebook.metadata["kernelspec"] = {"name": "removed-environment", "display_name": "Gone"}
     nbformat.write(notebook, notebooks.FOLDER / "a.ipynb")
     assert [o.text.strip() for o in outputs(run.run("a"))] == [sys.executable]
+
+
+def test_a_kernel_starts_in_the_folder_that_is_asked_for(project, tmp_path):
+    """`make robustness` runs every notebook from several folders."""
+    project("a", ["from pathlib import Path; print(Path.cwd().name)"])
+    (tmp_path / "elsewhere").mkdir()
+    for folder, name in ((None, "notebooks"), (tmp_path / "elsewhere", "elsewhere")):
+        assert [o.text.strip() for o in outputs(run.run("a", folder))] == [name]
 
 
 def test_an_environment_without_a_kernel_is_one_line(project, monkeypatch):
@@ -311,7 +364,13 @@ def test_what_is_not_a_notebook_is_one_line(project, text):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("where", ["project", "notebooks", "elsewhere, with HW3_ROOT", "elsewhere"])
+@pytest.mark.parametrize(
+    "where",
+    [
+        *("project", "notebooks", "elsewhere"),
+        *("elsewhere, with HW3_ROOT", "elsewhere, with HW3_ROOT and blanks"),
+    ],
+)
 def test_the_first_cell_finds_the_project(where, tmp_path):
     code = next(
         cell.source
@@ -320,7 +379,9 @@ def test_the_first_cell_finds_the_project(where, tmp_path):
     )
     folder = {"project": ROOT, "notebooks": ROOT / "notebooks"}.get(where, tmp_path)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("HW3_")} | (
-        {"HW3_ROOT": str(ROOT)} if "HW3_ROOT" in where else {}
+        {"HW3_ROOT": f' "{ROOT}" ' if "blanks" in where else str(ROOT)}
+        if "HW3_ROOT" in where
+        else {}
     )
     done = subprocess.run(
         [sys.executable, "-c", code + "\nimport src; print(src.ROOT)"],

@@ -19,6 +19,14 @@ def test_settings_are_stripped(value):
     assert settings.read({"HW3_PROFILE": value}).profile == "smoke"
 
 
+def test_every_setting_is_stripped(tmp_path):
+    """As `set X=v && ...` in a Windows prompt, a copied line or a file of settings leaves them."""
+    for form in ("{} ", ' "{}" ', "'{}'\n", "{}\r\n", "\t{}"):
+        values = {"HW3_DATA": tmp_path, "HW3_DEVICE": "cpu", "HW3_MIRROR": "http://x/y/"}
+        read = settings.read({name: form.format(value) for name, value in values.items()})
+        assert read == settings.Settings(None, tmp_path.resolve(), "cpu", "http://x/y")
+
+
 def test_unset_and_empty_settings_are_none():
     empty = settings.Settings()
     assert settings.read({}) == settings.read({"HW3_PROFILE": " ", "HW3_DATA": ""}) == empty
@@ -29,12 +37,16 @@ def test_unset_and_empty_settings_are_none():
     [
         ("HW3_PROFILE", "smok", "HW3_PROFILE='smok' is not one of smoke, demo, cpu, gpu, gpu_full"),
         ("HW3_PROFILE", "Smoke", "correct or unset it"),
+        ("HW3_PROFILE", " CPU ", "HW3_PROFILE='CPU' is not one of smoke, demo, cpu"),
         ("HW3_DEVICE", "gpu", "HW3_DEVICE='gpu' is not one of cpu, cuda"),
+        ("HW3_DEVICE", "cuda:1", "HW3_DEVICE='cuda:1' is not one of cpu, cuda"),
         ("HW3_MIRROR", "example.org", "is not an address: begin it with https://"),
         ("HW3_DATA", "no/such/folder", "HW3_DATA=no/such/folder is not a folder"),
         ("HW3_DATA", "~nosuchuser", "HW3_DATA=~nosuchuser is not a folder"),
         ("HW3_DATA", "x" * 300, "x... is not a folder"),
         ("HW3_DATA", "a\0b", "is not a folder"),
+        ("HW3_DATA", __file__, "is not a folder"),
+        ("HW3_MIRROR", "file:///data", "is not an address: begin it with https://"),
     ],
 )
 def test_wrong_settings_get_one_line(name, value, message):

@@ -324,6 +324,32 @@ def test_a_broken_result_is_one_line_and_named_with_its_notebook(project, broken
     assert all("two.json" in line for line in lines) and len(lines) <= 2
 
 
+@pytest.mark.parametrize("said", [5, None, [], "cpu", {"standin": True}])
+def test_a_notebook_that_says_something_else_of_its_run_is_one_line(project, said):
+    notebook = project.read("two")
+    notebook.metadata["hw3"] = said
+    project.save("two", notebook)
+    (line,) = refused(project)[:1]
+    assert line.startswith("notebooks/two.ipynb: ")
+
+
+def test_a_page_that_is_no_text_is_one_line(project):
+    project.write("reports/two.html", b"\xff\xfe\x00")
+    (line,) = refused(project)
+    assert line.startswith("notebooks/two.ipynb: its page reports/two.html shows another state")
+
+
+@pytest.mark.parametrize("name", ["1_all.md", "SOURCES.md"])
+def test_theory_in_the_encoding_of_an_old_editor(project, name):
+    path = project.root / "theory" / name
+    text = path.read_text(encoding="utf-8")
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    archive.build("Ali", "1").unlink()
+    path.write_bytes((text + "\nCaf\u00e9\n").encode("latin-1"))
+    (line,) = refused(project)
+    assert line.startswith(f"theory/{name} is not UTF-8 ") and line.endswith("save it as such")
+
+
 @pytest.mark.parametrize("profile, source", [("smoke", "stand-in"), ("demo", "data/")])
 def test_a_run_that_only_shows_that_everything_works_is_refused(project, profile, source):
     save_about(project, profile=profile, standin=source == "stand-in", data_source=source)
@@ -340,6 +366,12 @@ def test_age_is_told_by_what_the_code_does_and_not_by_git(project, file):
     project.write(file, "x = 2\n")
     lines = refused(project)
     assert len(lines) == 3 and all("its results are older than its code" in x for x in lines)
+
+
+@pytest.mark.parametrize("copy", [".ipynb_checkpoints/tool-checkpoint.py", "._tool.py"])
+def test_hidden_copies_beside_the_code_do_not_matter(project, copy):
+    project.write(f"src/{copy}", b"\x00\x05\x16\x07\xff")
+    assert not [name for name in content(archive.build("Ali", "1")) if Path(copy).name in name]
 
 
 def test_line_endings_do_not_matter(project):
@@ -621,6 +653,11 @@ def test_compare():
     assert verdicts["parameters"] == "DIFFERS by 8.3e-06 %"
 
 
+def test_compare_results_that_tell_no_time():
+    for seconds in ({}, {"seconds": None}, {"seconds": "long"}):
+        assert rerun.compare({"metrics": {}} | seconds, {"metrics": {}}) == []
+
+
 def test_rerun(project, monkeypatch, capfd):
     (project.root / "pictures").mkdir()
     for variable, value in (
@@ -697,6 +734,19 @@ def test_which_archive(project):
     archive.build("Sara", "2")
     with pytest.raises(ProjectError, match=r"2 archives .*, or name one, make rerun ZIP="):
         rerun.find_archive("")
+
+
+def test_unpacking_a_stream_that_is_damaged(project, tmp_path):
+    path = archive.build("Ali", "1")
+    with zipfile.ZipFile(path) as packed:
+        largest = max(packed.infolist(), key=lambda entry: entry.compress_size)
+    content, start = bytearray(path.read_bytes()), largest.header_offset + 30
+    start += len(largest.filename.encode())
+    content[start : start + 50] = b"\xff" * 50  # no kind of block
+    path.write_bytes(content)
+    with pytest.raises(ProjectError, match=r"HW3-Ali-1\.zip cannot be unpacked") as error:
+        rerun.unpack(path, tmp_path / "unpacked")
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -41,10 +41,20 @@ class Interrupt:
         self.left -= 1
 
 
-def train(model=None, epochs=4, stop_after=None, seed=3, validate=None, data=X, loss=None, **more):
+def train(
+    model=None,
+    epochs=4,
+    stop_after=None,
+    seed=3,
+    validate=None,
+    data=X,
+    loss=None,
+    warmup=0.25,
+    **more,
+):
     """Train on 30 points in batches of 8, the last one ragged; `stop_after` interrupts."""
     model, loss = model or make(), loss or nn.functional.cross_entropy
-    optimizer, lr_scheduler = training.make_optimizer([(model, 0.02)], 0.01, 4 * epochs)
+    optimizer, lr_scheduler = training.make_optimizer([(model, 0.02)], 0.01, 4 * epochs, warmup)
     interrupt = Interrupt(stop_after)
 
     def step(index, epoch):
@@ -123,6 +133,7 @@ def doubled(logits, labels):
         {"data": lambda: X + 1e-3},
         {"loss": lambda: doubled},
         {"ema_decay": lambda: 0.5},
+        {"warmup": lambda: 0.5},
     ],
     ids=lambda other: next(iter(other)),
 )
@@ -134,13 +145,34 @@ def test_a_checkpoint_of_other_code_or_data_is_not_continued(folder, other, caps
     assert len(list(folder.iterdir())) == 1, "the interrupted training's checkpoint must stay"
 
 
-def test_a_broken_checkpoint_does_not_stop_a_training(folder, capsys):
+@pytest.mark.parametrize("share", [0, 0.1, 0.5, 0.99])
+def test_a_broken_checkpoint_does_not_stop_a_training(folder, share, capsys):
     with pytest.raises(KeyboardInterrupt):
         train(stop_after=9)
     (checkpoint,) = folder.iterdir()
-    checkpoint.write_bytes(checkpoint.read_bytes()[:100])
+    content = checkpoint.read_bytes()
+    checkpoint.write_bytes(content[: int(share * len(content))])
     _, history = train()
     assert "cannot be read" in capsys.readouterr().out and len(history.epochs) == 4
+
+
+@pytest.mark.parametrize("content", [[1], {"model": {}}, {"history": []}])
+def test_a_checkpoint_in_another_form_does_not_stop_a_training(folder, content, capsys):
+    with pytest.raises(KeyboardInterrupt):
+        train(stop_after=9)
+    (checkpoint,) = folder.iterdir()
+    torch.save(content, checkpoint)
+    _, history = train()
+    assert "cannot be read" in capsys.readouterr().out and len(history.epochs) == 4
+
+
+def test_a_checkpoint_of_other_code_in_src_is_not_continued(monkeypatch, capsys):
+    """Functions of other modules are not seen in the objects of a training."""
+    with pytest.raises(KeyboardInterrupt):
+        train(stop_after=9)
+    monkeypatch.setattr(training, "_code", lambda: "other")
+    train()
+    assert "continues" not in capsys.readouterr().out
 
 
 def test_the_best_epoch_on_validation_is_kept():
@@ -458,7 +490,7 @@ def test_matrices_are_stored_in_half_precision_and_vectors_are_not(tmp_path):
     assert stored["1.num_batches_tracked"].dtype == torch.int64
 
 
-@pytest.mark.parametrize("change", ["more", "fewer"])
+@pytest.mark.parametrize("change", ["more", "fewer", "a number"])
 def test_a_model_file_with_more_or_fewer_entries_is_refused(tmp_path, change):
     path = tmp_path / "model.pt"
     training.save_model(make(), path, Config())
@@ -466,9 +498,10 @@ def test_a_model_file_with_more_or_fewer_entries_is_refused(tmp_path, change):
     if change == "more":
         content["state"]["extra"] = torch.zeros(1)
     else:
-        del content["state"]["0.bias"]
+        bias = content["state"].pop("0.bias")
+        content["state"] |= {5: bias} if change == "a number" else {}
     torch.save(content, path)
-    with pytest.raises(ProjectError, match="is of another model .1 entries differ"):
+    with pytest.raises(ProjectError, match="is of another model .[12] entries differ"):
         training.load_model(build, path)
 
 

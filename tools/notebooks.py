@@ -67,8 +67,14 @@ def about(notebook: nbformat.NotebookNode) -> dict:
     found = {}
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
-            found |= output.get("metadata", {}).get("hw3", {})
-    return found or dict(notebook.metadata.get("hw3", {}))
+            found |= _said(output.get("metadata", {}))
+    return found or _said(notebook.metadata)
+
+
+def _said(metadata: dict) -> dict:
+    """What metadata tell of a run; nothing where another program uses the name."""
+    said = metadata.get("hw3")
+    return dict(said) if isinstance(said, dict) else {}
 
 
 def definitions(name: str) -> types.ModuleType:

@@ -5,9 +5,11 @@ the stand-in into `reports/standin/`, a demonstration on real data into `reports
 """
 
 import argparse
+import asyncio
 import atexit
 import contextlib
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -30,6 +32,7 @@ class _Client(NotebookClient):
     """Run a notebook; show its progress bars in the runner's own bar and do not store them."""
 
     bar: tqdm
+    stopped = False  # by a signal
 
     def process_message(self, msg, cell, cell_index):
         content = msg["content"]
@@ -49,17 +52,20 @@ class _Kernel(AsyncKernelManager):
         return KernelSpec(**get_kernel_dict(["--log-level=ERROR"]))
 
 
-def run(name: str) -> nbformat.NotebookNode:
+def run(name: str, folder: Path | None = None) -> nbformat.NotebookNode:
     """Run a notebook top to bottom in a fresh kernel and give it back with its outputs.
 
     After every cell, the outputs so far are written to `reports/unfinished/`.
 
     Args:
         name: The notebook's, without folder and ending.
+        folder: The kernel's working directory, `notebooks/` by default; `make robustness` asks
+            for others.
 
     Raises:
         ProjectError: A cell fails, or the kernel does; names the cell and the error. The traceback
             is printed.
+        KeyboardInterrupt: The user or the system stopped it.
     """
     notebook, unfinished = notebooks.read(name), ROOT / UNFINISHED / f"{name}.ipynb"
     for cell in notebook.cells:  # a cell that is not reached must not keep an earlier run's output
@@ -72,7 +78,7 @@ def run(name: str) -> nbformat.NotebookNode:
         record_timing=False,
         kernel_name="python3",
         kernel_manager_class=_Kernel,
-        resources={"metadata": {"path": str(notebooks.FOLDER)}},
+        resources={"metadata": {"path": str(folder or notebooks.FOLDER)}},
     )
     total = sum(cell.cell_type == "code" for cell in notebook.cells)
     form = "{desc}: cell {n_fmt} of {total_fmt} |{bar:20}| {elapsed}{postfix}"
@@ -81,9 +87,24 @@ def run(name: str) -> nbformat.NotebookNode:
         def executed(cell, **_):
             client.bar.set_postfix_str("", refresh=False)
             client.bar.update(cell.cell_type == "code")
-            notebooks.write(notebook, unfinished)
+            try:
+                notebooks.write(notebook, unfinished)
+            except ProjectError as error:  # such as a full disk: no reason to end the run
+                client.bar.set_postfix_str(str(error)[:80])
 
-        client.on_cell_executed = executed
+        def started(**_):
+            loop, task = asyncio.get_running_loop(), asyncio.current_task()
+
+            def stop():
+                client.stopped = True
+                task.cancel()
+
+            # nbclient's own handler only stops the kernel, and the error that follows tells not why
+            with contextlib.suppress(RuntimeError):  # Windows raises KeyboardInterrupt by itself
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    loop.add_signal_handler(number, stop)
+
+        client.on_notebook_start, client.on_cell_executed = started, executed
         try:
             client.execute()
         except CellExecutionError as error:
@@ -91,14 +112,16 @@ def run(name: str) -> nbformat.NotebookNode:
             outputs = [cell.get("outputs", []) for cell in notebook.cells]
             broken = [any(one.output_type == "error" for one in shown) for shown in outputs]
             failed = f"cell {broken.index(True) + 1} failed: {error.ename}: {error.evalue}"
-        except DeadKernelError:
+        except (DeadKernelError, asyncio.CancelledError):
+            if client.stopped:
+                raise KeyboardInterrupt from None
             failed = "the kernel died (out of memory?)."
         except RuntimeError as error:  # it did not start
             atexit.unregister(client._cleanup_kernel)  # which would fail, too
             failed = f"no kernel in {sys.prefix} ({error}): pip install ipykernel"
         else:
-            unfinished.unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # other notebooks may have left something there
+                unfinished.unlink(missing_ok=True)
                 unfinished.parent.rmdir()
             return notebook
     kept = f" What ran before is in {UNFINISHED}/{name}.ipynb." if unfinished.is_file() else ""
@@ -124,7 +147,13 @@ def store(name: str, notebook: nbformat.NotebookNode) -> list[str]:
     page = reports / f"{name}.html"
     notebooks.write(notebook, path)
     print(f"{name}: its outputs are in {path.relative_to(ROOT)}")
-    left_out = notebook_to_html(path, page)
+    try:
+        left_out = notebook_to_html(path, page)
+    except ProjectError:
+        raise
+    except Exception as error:  # whatever it stumbled over: the other notebooks are still to run
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ProjectError(f"{name}: its page cannot be made ({reason}).") from error
     print(f"{name}: wrote {page.relative_to(ROOT)}")
     return left_out
 

@@ -138,7 +138,8 @@ CIFAR10 = data.DataSet(
     _fetch,
     layout="cifar-10-batches-py/ or cifar10/{train,test}/<class>/*.png",
     clues=(
-        *("data_batch_*", "*/*/data_batch_*", "cifar-10-*", "cifar10", "CIFAR10", "CIFAR-10"),
-        *("airplane", "*/airplane"),
+        *("data_batch_*", "*/data_batch_*", "*/*/data_batch_*"),
+        *("cifar-10-*", "cifar10", "CIFAR10", "CIFAR-10*"),
+        *("airplane", "*/airplane", "*/*/airplane"),
     ),
 )

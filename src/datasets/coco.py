@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from urllib.parse import quote
@@ -20,6 +21,7 @@ SAMPLE = json.loads(Path(__file__).with_name("coco_sample.json").read_text())  #
 HOST = "http://images.cocodataset.org/"
 MOST = 5000  # photos of a split that are downloaded at most
 _MEGABYTES = 0.16  # of a photo, on average
+_PIXELS = 2 * 89_478_485  # Pillow opens no larger photo
 _KEYS = {
     "images": {"id": int, "file_name": str, "width": int, "height": int},
     "categories": {"id": int, "name": str, "supercategory": str},
@@ -55,6 +57,9 @@ def load_coco(
     file = _annotation_file(folder, split)
     document = _read_annotations(file)
     names = {info["id"]: Path(info["file_name"]).name for info in document["images"]}
+    twice = [name for name, entries in Counter(names.values()).items() if entries > 1]
+    if twice:  # one photo could get into training and validation
+        raise DataError(f'{file}: several entries of "images" have the file {twice[0]}: keep one')
     photos = _photo_folder(file.parent.parent, split)
     if images is None and source.downloads:
         images = "sample"
@@ -239,10 +244,14 @@ def _problem(entry: object, keys: dict, ids: dict[str, set], section: str) -> st
             return (
                 f'has "{key}": {json.dumps(entry[key])[:40]}, which is not of type {kind.__name__}'
             )
+    if not -(2**63) <= entry["id"] < 2**63:
+        return f"has the id {entry['id']}, which does not fit into 64 bits"
     if entry["id"] in ids[section]:
         return f"has the id {entry['id']} of an entry before it"
     if section == "images" and min(entry["width"], entry["height"]) < 1:
         return "has no pixels"
+    if section == "images" and entry["width"] * entry["height"] > _PIXELS:
+        return f"has {entry['width']} x {entry['height']} pixels, which no photo here can have"
     if section == "annotations":
         if entry["image_id"] not in ids["images"]:
             return f'is of the image {entry["image_id"]}, which is not in "images"'
@@ -270,5 +279,8 @@ COCO = data.DataSet(
     _is_in,
     _fetch,
     layout="coco/annotations/instances_{train2017,val2017}.json and coco/{train2017,val2017}/*.jpg",
-    clues=("instances_*", "*/instances_*", "*/*/instances_*", "annot*2017*", "*/annot*2017*"),
+    clues=(
+        *("instances_*", "*/instances_*", "*/*/instances_*", "*/*/*/instances_*"),
+        *("annot*2017*", "*/annot*2017*"),
+    ),
 )

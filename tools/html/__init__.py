@@ -10,6 +10,6 @@ is no script, and the page's own Content-Security-Policy forbids any request in 
 
 from tools.html.notebook import notebook_to_html
 from tools.html.page import digest
-from tools.html.theory import theory_images, theory_to_html
+from tools.html.theory import theory_images, theory_text, theory_to_html
 
-__all__ = ["digest", "notebook_to_html", "theory_images", "theory_to_html"]
+__all__ = ["digest", "notebook_to_html", "theory_images", "theory_text", "theory_to_html"]

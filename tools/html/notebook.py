@@ -9,14 +9,14 @@ from mistune.util import striptags
 
 from src import ProjectError
 from tools import notebooks
-from tools.html.page import Page, code_block, data_uri
+from tools.html.page import UNDESCRIBED, Page, code_block, data_uri
 
 _RICHEST = (
     *("text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "image/gif"),
     *("image/webp", "text/latex", "text/plain"),
 )
 _CONTROL = re.compile(  # links and titles of a terminal, its colours, single characters
-    r"\x1b\][^\x07\x1b]*(?:\x07|\x1b\\|$)|\x1b\[[0-?]*[ -/]*[@-~]|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]"
+    r"\x1b\][^\x07\x1b]*(?:\x07|\x1b\\|$)|\x1b\[[0-?]*[ -/]*[@-~]|[\x00-\x07\x0b\x0c\x0e-\x1f\x7f]"
 )
 _OBJECT = re.compile(r"<[^<>\n]*>\Z")  # what Python prints of an object that has a richer form
 
@@ -34,16 +34,18 @@ def notebook_to_html(path: Path, out: Path) -> list[str]:
 
     Raises:
         ProjectError: The notebook cannot be read or the file not written; or, naming notebook and
-            cell, its text holds a formula that cannot be converted, an image without alt text or
-            file, a link that leads nowhere.
+            cell, its text holds a formula that cannot be converted, an image without alt text
+            (`![](file)`) or file, a link that leads nowhere.
     """
     path = Path(path)
     notebook = notebooks.read_file(path)
     page, body, left_out = Page("notebooks", path.resolve().parent, out), "", []
     for number, cell in enumerate(notebook.cells, 1):
         page.place, page.attachments = f"{path.name}, cell {number}", cell.get("attachments", {})
+        page.remarks = []
         if cell.cell_type == "markdown":
             body += f'<div class="prose">\n{page.prose(cell.source)}</div>\n'
+            left_out += [f"{page.place}: {remark}" for remark in page.remarks]
         elif cell.cell_type == "code" and cell.source.strip():
             body += f'<div class="cell">\n{_code(cell)}{_outputs(page, cell, left_out)}</div>\n'
     if not page.headings:
@@ -90,6 +92,7 @@ def _output(page: Page, output, left_out: list[str]) -> str:
         return f'<div class="error">{title}\n<pre>{trace}</pre></div>\n'
     shown, reasons = "", []
     for mime in filter(output.data.__contains__, _RICHEST):
+        page.remarks = []
         try:
             shown = _form(page, mime, output)
         except ProjectError as error:
@@ -97,6 +100,7 @@ def _output(page: Page, output, left_out: list[str]) -> str:
         if shown:
             if mime.startswith("image/") and not _alt(output, mime):
                 reasons.append("a picture without alt text; show figures with run.show")
+            reasons += page.remarks
             break
     else:
         if not reasons and any(output.data.values()):
@@ -133,18 +137,26 @@ def _form(page: Page, mime: str, output) -> str:
         raw = data.encode() if mime == "image/svg+xml" else base64.b64decode(data)
     except ValueError:  # so is what base64 raises
         raise ProjectError(f"{page.place}: a broken picture") from None
-    alt = html.escape(_alt(output, mime) or "a picture without description")
+    alt = html.escape(_alt(output, mime) or UNDESCRIBED)
     return page.checked(f'<p class="figure"><img src="{data_uri(mime, raw)}" alt="{alt}"></p>\n')
 
 
 def last_state(text: str) -> str:
     """Give what a terminal shows at the end.
 
-    A carriage return overwrites the line, so that a progress bar keeps its last state; colours and
-    other control characters go.
+    A carriage return overwrites the line, so that a progress bar keeps its last state; a backspace
+    takes one character back, as in Jupyter; colours and other control characters go.
     """
     lines = [line.rstrip("\r").rpartition("\r")[2] for line in _CONTROL.sub("", text).split("\n")]
-    return "\n".join(line.rstrip() for line in lines).strip("\n")
+    return "\n".join(_typed(line).rstrip() for line in lines).strip("\n")
+
+
+def _typed(line: str) -> str:
+    """Let every backspace take the character before it back."""
+    first, *others = line.split("\b")
+    for part in others:
+        first = first[:-1] + part
+    return first
 
 
 def _merged(outputs: list) -> list:

@@ -23,6 +23,7 @@ from src import ROOT, ProjectError
 from src.files import write_whole
 from tools.html.mathml import math_plugin, mathml
 
+UNDESCRIBED = "a picture without description"  # where a picture has no alt text
 _ALONE = {"script", "iframe", "frame", "object", "embed", "link", "base", "meta", "form"}
 _REQUESTING = {"src", "srcset", "data", "poster", "background", "href", "xlink:href"}
 _LOADING_CSS = re.compile(r"@import|url\(\s*['\"]?(?!data:|#)", re.I)
@@ -93,6 +94,7 @@ class Page(mistune.HTMLRenderer):
         self.home = Path(os.path.relpath(ROOT, self.out.parent)).as_posix() if inside else ".."
         self.place, self.prefix, self.attachments = "", "", {}
         self.headings, self.ids, self.links = [], set(), []
+        self.remarks = []  # what is shown, but not as it should be
         plugins = ["strikethrough", "table", "url", math_plugin]
         self.markdown = mistune.create_markdown(renderer=self, plugins=plugins)
 
@@ -124,7 +126,10 @@ class Page(mistune.HTMLRenderer):
                     f"{self.place}: {str(tag)[:100]!r} needs a script, a file or a network; "
                     "embed its content"
                 )
-            if tag.name == "img" and not tag.get("alt", "").strip():
+            if tag.name == "img" and "alt" not in tag.attrs:  # as people write HTML
+                tag["alt"] = UNDESCRIBED
+                self.remarks.append('a picture without alt text; write <img alt="what it shows">')
+            elif tag.name == "img" and not tag["alt"].strip():
                 raise ProjectError(
                     f"{self.place}: an image without alt text; show figures with run.show, images "
                     "as ![alt text](file)"

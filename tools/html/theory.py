@@ -16,6 +16,18 @@ def parts() -> list[Path]:
     return sorted(folder.glob("[0-9]*.md")) + sorted(folder.glob("SOURCES.md"))
 
 
+def theory_text(path: Path) -> str:
+    """Read a part of the theory.
+
+    Raises:
+        ProjectError: It is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ProjectError(f"theory/{path.name} is not UTF-8 ({error}): save it as such") from None
+
+
 def theory_to_html(out: Path, texts: dict[str, str] | None = None) -> None:
     """Write all parts of the theory as one HTML page with a table of contents.
 
@@ -35,8 +47,10 @@ def theory_to_html(out: Path, texts: dict[str, str] | None = None) -> None:
     for file in files:
         page.place, page.prefix, page.level = file.name, f"{file.stem}-", 1
         page.ids.add(file.stem)
-        text = page.prose((texts or {}).get(file.name) or file.read_text(encoding="utf-8"))
+        text = page.prose((texts or {}).get(file.name) or theory_text(file))
         body += f'<section id="{file.stem}" class="prose">\n{text}</section>\n'
+        if page.remarks:
+            raise ProjectError(f"{page.place}: {page.remarks[0]}")
     page.write("Theory", body, *files)
 
 

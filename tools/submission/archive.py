@@ -10,7 +10,7 @@ from pathlib import Path
 from src import ROOT, ProjectError
 from src.files import replacing
 from src.results import load_results
-from tools.html import theory_images, theory_to_html
+from tools.html import theory_images, theory_text, theory_to_html
 from tools.submission import checks
 from tools.submission.checks import Run, relative
 
@@ -96,7 +96,7 @@ def sources_page(collaborators: str) -> str:
     path = ROOT / "theory" / "SOURCES.md"
     if not path.is_file():
         raise ProjectError("theory/SOURCES.md is missing: it lists sources and collaborators")
-    text, collaborators = path.read_text(encoding="utf-8"), collaborators.strip()
+    text, collaborators = theory_text(path), collaborators.strip()
     if not collaborators.isprintable():
         raise ProjectError("COLLABORATORS takes names in one line")
     filled, open_lines = _STUDENTS_LINE.subn(lambda _: collaborators or "none", text)
@@ -118,7 +118,7 @@ def first_page(name: str, number: str) -> dict[str, str]:
     path = ROOT / "theory" / "0_answers.md"
     if not path.is_file():
         return {}
-    values, text = {"Student": name, "Student number": number}, path.read_text(encoding="utf-8")
+    values, text = {"Student": name, "Student number": number}, theory_text(path)
     return {path.name: _COVER_LINE.sub(lambda m: f"| {m[1]} | {values[m[1]].strip()} |", text)}
 
 

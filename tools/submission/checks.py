@@ -18,7 +18,7 @@ from src import ROOT, ProjectError
 from src.provenance import code_fingerprint
 from src.results import load_results, reports_folder
 from tools import notebooks
-from tools.html import digest
+from tools.html import digest, theory_text
 
 # The questions of the assignment as the headings in theory/ number them; the parts of the fourth
 # belong to Practical 2. Each Practical is quoted by the notebook that answers it.
@@ -86,6 +86,9 @@ def find_runs(allow_standin: bool) -> list[Run]:
     """List the runs to hand in: the notebooks as they are.
 
     Where the stand-in is allowed and a notebook cannot go as it is, its run on the stand-in goes.
+
+    Raises:
+        ProjectError: A notebook cannot be read.
     """
     runs = []
     for name in notebooks.names():
@@ -107,7 +110,7 @@ def run_problems(run: Run, allow_standin: bool) -> Iterator[str]:
     for check in RUN_CHECKS:
         yield from check(run)
     if run.trial and not allow_standin:
-        profile = run.about["profile"]
+        profile = run.about.get("profile")
         yield (
             f"{run.place}: a run of profile {profile} on {run.about.get('data_source')}; run it "
             "on real data with another profile, or hand it in marked as such: ALLOW_STANDIN=1"
@@ -158,7 +161,7 @@ def page_problems(run: Run) -> Iterator[str]:
     stamp = f'<meta name="source-sha256" content="{digest(run.path)}">'
     if not run.page.is_file():
         yield f"{run.place}: its page {relative(run.page)} is missing; {again}"
-    elif stamp not in run.page.read_text(encoding="utf-8"):
+    elif stamp not in run.page.read_text(encoding="utf-8", errors="replace"):
         yield f"{run.place}: its page {relative(run.page)} shows another state of it; {again}"
 
 
@@ -287,7 +290,7 @@ def _answer_problems(runs: list[Run]) -> Iterator[str]:
     """Every question of the assignment has its answer; no theory file is empty or half done."""
     numbered = set()
     for path in sorted((ROOT / "theory").glob("[0-9]*.md")):
-        text = path.read_text(encoding="utf-8")
+        text = theory_text(path)
         blocks = markdown_blocks(text, path.name)
         if not any(block.kind == "text" for block in blocks):
             yield f"{path.name}: it is empty"

@@ -7,6 +7,7 @@ import subprocess
 import tempfile
 import venv
 import zipfile
+import zlib
 from pathlib import Path
 
 from src import ROOT, ProjectError, results, settings
@@ -42,7 +43,7 @@ def unpack(path: Path, folder: Path) -> Path:
     try:
         with zipfile.ZipFile(path) as archive:
             archive.extractall(folder)  # never outside of it, whatever the names
-    except (OSError, zipfile.BadZipFile) as error:
+    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         raise ProjectError(f"{path.name} cannot be unpacked: {error}") from error
     tops, files = list(folder.glob("*")), {}
     for file in folder.rglob("*"):
@@ -98,10 +99,10 @@ def compare(stored: dict, again: dict) -> list[tuple[str, str, str, str]]:
         stored 95 % interval, or, where there is none, is equal, else by how much of the stored
         value it differs; times are not judged.
     """
-    first, second = (
-        run["metrics"] | {"whole run": results.single(run["seconds"], "seconds")}
-        for run in (stored, again)
-    )
+    first, second = (dict(run["metrics"]) for run in (stored, again))
+    for run, metrics in ((stored, first), (again, second)):
+        if isinstance(run.get("seconds"), (int, float)):
+            metrics["whole run"] = results.single(run["seconds"], "seconds")
     rows = []
     for name in dict.fromkeys([*first, *second]):
         a, b = first.get(name), second.get(name)
