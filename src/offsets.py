@@ -48,9 +48,10 @@ def over_views(head, views: objects.Views, runtime, function, size: int = 256) -
 
 
 def fitted_map(offsets: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
-    """Angle and size of the linear map that is nearest to the mean offsets inside the object.
+    """Angle and size of the turn with a zoom that is nearest to the mean offsets inside the object.
 
-    A least-squares fit of p + mean offset = A p over the taps p.
+    A least-squares fit of p + mean offset = A p over the taps p; of A, its nearest similarity. A
+    size below a tenth counts as a tenth, so that its logarithm stays small.
 
     Args:
         offsets: (B, K, 2, s, s).
@@ -63,8 +64,8 @@ def fitted_map(offsets: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
     mean = (offsets * share[:, None, None]).sum(dim=(3, 4))  # (B, K, 2)
     taps = regular_taps(round(offsets.shape[1] ** 0.5)).to(offsets)
     matrix = (taps + mean).transpose(1, 2) @ taps / (taps**2).sum(dim=0)  # (B, 2, 2), y before x
-    angle = torch.atan2(matrix[:, 0, 1] - matrix[:, 1, 0], matrix[:, 0, 0] + matrix[:, 1, 1])
-    return angle, torch.linalg.det(matrix).clamp_min(1e-6).sqrt()
+    sine, cosine = matrix[:, 0, 1] - matrix[:, 1, 0], matrix[:, 0, 0] + matrix[:, 1, 1]
+    return torch.atan2(sine, cosine), (torch.hypot(sine, cosine) / 2).clamp_min(0.1)
 
 
 MEASURES = {

@@ -122,9 +122,14 @@ def bootstrap(
 
     Returns:
         A metric whose n is the number of groups.
+
+    Raises:
+        ProjectError: if there are no values.
     """
     values = np.atleast_2d(np.asarray(values, dtype=float)) * (100 if unit == POINTS else 1)
     rows, n = values.shape
+    if not values.size:
+        raise ProjectError("There are no scores to average.")
     _, group = np.unique(
         np.arange(n) if groups is None else np.asarray(groups), return_inverse=True
     )

@@ -1326,15 +1326,16 @@ def test_every_difference_is_said_with_interval_and_verdict(monkeypatch, lead, l
     assert (": little, as section 4" in text) is little
 
 
-def test_offsets_are_followed_only_where_a_map_can_be_fitted():
-    """Of six objects, one is nowhere inside in one view, and the map of another folds over."""
+@pytest.mark.parametrize("lost", [1, slice(None)])
+def test_offsets_are_followed_only_where_the_object_has_positions(lost):
+    """Of six objects, one is nowhere inside in one view; or all are, and then all count."""
     n, seeds = 6, (0, 1)
     masks = torch.ones(4, n, 8, 8, dtype=torch.bool)
-    masks[2, 1] = False
+    masks[2, lost] = False
     angle = torch.tensor([0.0, 0.25, 0.0, 0.0])[:, None].repeat(1, n) * math.radians(90)
     size = torch.tensor([1.0, 1.0, 0.5, 1.0])[:, None].repeat(1, n)
-    size[3, 4] = 0.001
-    angle[1, 4] = size[2, 1] = 7.0  # what must not count
+    if lost == 1:
+        angle[1, 1] = size[2, 1] = 7.0  # what must not count
     views = iter(types.SimpleNamespace(number=i, masks=masks[i]) for i in range(4))
 
     def over_views(head, view, *_):
@@ -1356,10 +1357,10 @@ def test_offsets_are_followed_only_where_a_map_can_be_fitted():
         **dict(backbone=None, runtime=None, metrics=metrics, results=results),
     }
     exec(cell_with("changes = "), space)
-    assert space["kept"].tolist() == [True, False, True, True, False, True]
+    assert space["kept"].tolist() == [lost != 1 or i != 1 for i in range(n)]
     turn, zoom = metrics["turned.turn_followed"], metrics["turned.zoom_followed"]
     assert (turn.value, zoom.value) == (pytest.approx(0.25), pytest.approx(0.5))
-    assert turn.n == zoom.n == 4
+    assert turn.n == zoom.n == (5 if lost == 1 else 6)
 
 
 # --- the benchmark

@@ -68,6 +68,13 @@ def test_a_mean_shift_is_neither_a_turn_nor_a_zoom():
     assert float(angle.abs()) < 1e-6 and float(size) == pytest.approx(1)
 
 
+def test_a_field_that_folds_or_collapses_has_a_small_size():
+    fold = [[1.0, 0.0], [0.0, -1.0]]  # mirrored: no turn with a zoom comes near
+    for matrix in (fold, [[0.0, 0.0], [0.0, 0.0]]):
+        _, size = offsets.fitted_map(field_of(matrix), inside())
+        assert torch.allclose(size, torch.tensor(0.1))
+
+
 def described(field, where):
     return dict(zip(offsets.MEASURES, offsets.describe(field, where)))
 

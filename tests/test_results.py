@@ -71,6 +71,12 @@ def test_median_interval_holds_the_ranks_of_the_binomial():
     assert results.median([1.0, 2.0], "px").ci95 is None
 
 
+@pytest.mark.parametrize("values", [[], np.empty((3, 0))])
+def test_there_must_be_scores(values):
+    with pytest.raises(ProjectError, match="no scores"):
+        results.bootstrap(values, [])
+
+
 def test_bootstrap_draws_whole_groups():
     # 20 groups of 10 equal scores: as uncertain as 20 scores, not as 200.
     rng = np.random.default_rng(0)
