@@ -330,6 +330,21 @@ def test_a_long_training_says_how_long_it_takes(seconds, minutes, monkeypatch, c
     assert not capsys.readouterr().out
 
 
+def test_metrics_may_be_plain_numbers():
+    model = make()
+    optimizer, lr_scheduler = training.make_optimizer([(model, 0.02)], 0.01, 10)
+
+    def step(index, epoch):
+        return nn.functional.cross_entropy(model(X[index]), Y[index]), {"half": 0.5}, len(index)
+
+    history = training.fit(
+        *("toy", model, optimizer, lr_scheduler, lambda epoch: torch.arange(30).split(8), step),
+        lambda: {"loss": 1.0},
+        **dict(epochs=1, seed=0, runtime=RUNTIME, quiet=True),
+    )
+    assert history.column("train_half") == [0.5]
+
+
 def test_a_training_that_goes_on_counts_the_rest_of_its_time(monkeypatch, capsys):
     monkeypatch.setattr(training, "TIMED", 2)
     monkeypatch.setattr(training.Stopwatch, "lap", lambda watch: 300.0)  # of two steps of four
