@@ -4,7 +4,7 @@
 #   make lint        check style and format of all Python code, notebooks included
 #   make estimate    count what the profiles for GPUs cost on common cards
 #   make bench       time the deformable convolution against others and store the numbers
-#   make drawn       train four small Changers: what holds the drawn one back? (about 12 minutes)
+#   make drawn       train four small Changers: what holds the drawn one back? (about 20 minutes)
 #   make figures     draw the figures of the theory
 #   make theory      write reports/theory.html
 #   make theory-images   write the theory as PDF and page images (needs Chromium)

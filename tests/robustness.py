@@ -21,20 +21,12 @@ ROOT = Path(__file__).resolve().parent.parent
 NO_NETWORK = {
     f"{scheme}_proxy": "http://127.0.0.1:9" for scheme in ("http", "https")
 }  # the discard port: nothing answers
-# tools.run starts every kernel in the notebooks' folder; here it starts in the one that is given
 RUN = """
 import sys
-from tools import run
+from pathlib import Path
+from tools.run import run
 
-
-class Elsewhere(run._Client):
-    def __init__(self, notebook, **settings):
-        settings["resources"] = {"metadata": {"path": sys.argv[2]}}
-        super().__init__(notebook, **settings)
-
-
-run._Client = Elsewhere
-run.run(sys.argv[1])
+run(sys.argv[1], Path(sys.argv[2]))
 """
 DIES = """
 import os
