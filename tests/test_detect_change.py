@@ -700,3 +700,28 @@ def test_the_committed_model_finds_changes_in_real_photos(nb, real_data):
             correct += [(answer[change] > 0.5) == truth[change] for change in truth]
             told.append(answer["verdict"] != "cannot tell")
     assert np.mean(correct) > 0.93 and np.mean(told) > 0.93
+
+
+def test_the_differences_of_question_3_are_those_of_two_rates():
+    """From the stored answers: each draw of photos gives two rates and their difference."""
+    stored = results.load_results(data.ROOT / "reports" / "results" / "detect_change.json")
+    arrays = np.load(data.ROOT / "reports" / "results" / "detect_change.npz")
+    labels, photos = arrays["standard_labels"], arrays["standard_photos"]
+    right = (arrays["standard_network_yes"] == (labels > 0)).all(axis=1)
+    number, group = labels.sum(axis=1), np.unique(photos, return_inverse=True)[1]
+    draws = np.random.default_rng(1).integers(0, group.max() + 1, (2000, group.max() + 1))
+
+    def rates(n):
+        found, all_of_it = (
+            np.bincount(group, x, group.max() + 1)[draws].sum(axis=1)
+            for x in (right * (number == n), number == n)
+        )
+        return found / all_of_it
+
+    words = {"one_change": 1, "two_changes": 2, "three_changes": 3}
+    names = [name.split(".")[1] for name in stored["metrics"] if name.startswith("question_3.")]
+    assert len(names) == 2
+    for name in names:
+        more, less = (words[word] for word in name.split("_over_"))
+        expected = 100 * np.percentile(rates(more) - rates(less), [2.5, 97.5])
+        assert stored["metrics"][f"question_3.{name}"].ci95 == pytest.approx(expected, abs=0.5)
