@@ -226,10 +226,6 @@ REFUSALS = {
         lambda p: p.result("bench", standin=True, data_source="stand-in"),
         r"reports/results/bench\.json: a result of profile cpu, stand-in",
     ),
-    "old bench": (
-        lambda p: p.result("bench", fingerprint="other"),
-        r"reports/results/bench\.json: older than the code; .*",
-    ),
     "no page": (
         lambda p: (p.root / "reports/two.html").unlink(),
         rf"{TWO}: its page reports/two\.html is missing; python -m .*",
@@ -382,11 +378,17 @@ def test_line_endings_do_not_matter(project):
     archive.build("Ali", "1")
 
 
-def test_an_earlier_run_that_is_kept_keeps_its_own_code(project):
-    project.result("two_before", fingerprint="other")
-    project.write("reports/results/two_before.npz", b"raw scores")
+def test_a_benchmark_of_earlier_code_is_kept_and_named(project, capsys):
+    archive.build("Ali", "1")
+    assert "earlier code" not in capsys.readouterr().out
+    project.result("bench", fingerprint="other")
+    project.write("reports/results/bench.npz", b"raw scores")
     files = content(archive.build("Ali", "1"))
-    assert {"reports/results/two_before.json", "reports/results/two_before.npz"} <= set(files)
+    assert {"reports/results/bench.json", "reports/results/bench.npz"} <= set(files)
+    said = [x for x in capsys.readouterr().out.splitlines() if "measured by earlier code" in x]
+    assert said == [
+        "reports/results/bench.json: measured by earlier code; make it again to be sure"
+    ]
 
 
 def test_no_path_where_an_address_or_a_word_holds_one(project):

@@ -44,6 +44,8 @@ def build(name: str, number: str, collaborators: str = "", allow_standin: bool =
     sources, runs = sources_page(collaborators), checks.find_runs(allow_standin)
     if found := checks.problems(runs, allow_standin):
         raise ProjectError("not ready to be handed in:\n" + "".join(f"  {x}\n" for x in found))
+    for remark in checks.remarks(runs):
+        print(remark)
     kinds = [run.about for run in runs] + [load_results(path) for path in checks.results_of(runs)]
     path = ROOT / f"{stem(name, number, any(map(checks.is_trial, kinds)))}.zip"
     files = collect(runs, {"SOURCES.md": sources} | first_page(name, number))

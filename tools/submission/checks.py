@@ -203,12 +203,7 @@ def results_of(runs: list[Run]) -> list[Path]:
 
 
 def _result_problems(runs: list[Run], allow_standin: bool) -> Iterator[str]:
-    """Results are whole, of real data unless allowed, and of the present code.
-
-    `reports/results/NAME_what.json` is an earlier run of the notebook NAME and keeps its own code.
-    """
-    sources = [notebooks.FOLDER / f"{run.name}.ipynb" for run in runs]
-    present = {code_fingerprint(*paths, folder=ROOT) for paths in ([], *([s] for s in sources))}
+    """Results are whole, and of real data unless allowed."""
     for path in results_of(runs):
         try:
             stored = load_results(path)
@@ -220,9 +215,19 @@ def _result_problems(runs: list[Run], allow_standin: bool) -> Iterator[str]:
             yield f"{relative(path)}: a result of {kind}"
         if found := machine_path({k: v for k, v in stored.items() if k != "metrics"}):
             yield f"{relative(path)}: it names this machine: {found!r}"
-        ours = any(path.stem == run.name or path.stem.startswith(f"{run.name}_") for run in runs)
-        if not ours and stored.get("fingerprint", "") not in present | {""}:
-            yield f"{relative(path)}: older than the code; run what made it again"
+
+
+def remarks(runs: list[Run]) -> Iterator[str]:
+    """Name benchmarks and trials that were made by earlier code; nothing speaks against those.
+
+    No notebook writes them, no task asks for them, and each names its commit. Any change in `src`
+    makes them older, while few of them change what they measured.
+    """
+    sources = [notebooks.FOLDER / f"{run.name}.ipynb" for run in runs]
+    present = {code_fingerprint(*paths, folder=ROOT) for paths in ([], *([s] for s in sources))}
+    for path in sorted(set(results_of(runs)) - {run.result for run in runs}):
+        if load_results(path).get("fingerprint", "") not in present | {""}:
+            yield f"{relative(path)}: measured by earlier code; make it again to be sure"
 
 
 # --- answers
