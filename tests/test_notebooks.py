@@ -182,6 +182,10 @@ def test_committed_outputs_and_results_are_of_one_run(committed):
     assert {key: stored.get(key) for key in keys} == {key: committed.about.get(key) for key in keys}
 
 
+def test_every_question_of_the_assignment_has_its_answer():
+    assert list(checks.answer_problems(checks.find_runs(allow_standin=False))) == []
+
+
 def test_the_readme_says_what_the_committed_run_was(committed):
     stored = load_results(committed.result)
     place = committed.result.relative_to(ROOT).as_posix()

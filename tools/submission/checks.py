@@ -103,7 +103,7 @@ def find_runs(allow_standin: bool) -> list[Run]:
 def problems(runs: list[Run], allow_standin: bool) -> list[str]:
     """List all that speaks against these runs, with this project's theory and results."""
     found = [line for run in runs for line in run_problems(run, allow_standin)]
-    return found + list(_result_problems(runs, allow_standin)) + list(_answer_problems(runs))
+    return found + list(_result_problems(runs, allow_standin)) + list(answer_problems(runs))
 
 
 def run_problems(run: Run, allow_standin: bool) -> Iterator[str]:
@@ -291,7 +291,7 @@ def unanswered_lines(blocks: Iterable[Block]) -> Iterator[str]:
         yield f"{block.place}: nothing answers {block.text[:80]!r}"
 
 
-def _answer_problems(runs: list[Run]) -> Iterator[str]:
+def answer_problems(runs: list[Run]) -> Iterator[str]:
     """Every question of the assignment has its answer; no theory file is empty or half done."""
     numbered = set()
     for path in sorted((ROOT / "theory").glob("[0-9]*.md")):
