@@ -9,8 +9,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import Markdown, display
 
-from src import ProjectError
-
 # Okabe and Ito's palette: distinct to colour-blind eyes; lines and markers carry it in grey print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -45,16 +43,7 @@ def show(fig, caption: str, alt: str, standin: bool = False) -> None:
         caption: markdown below the figure.
         alt: what the figure shows, for readers who do not see it.
         standin: whether the figure carries the mark of the stand-in data.
-
-    Raises:
-        ProjectError: if caption or alt text is empty, or an axis with data lacks its label.
     """
-    if not alt.strip() or not caption.strip():
-        raise ProjectError("A figure needs a caption, and alt text that says what it shows.")
-    for ax in fig.axes:
-        labelled = ax.get_xlabel() and ax.get_ylabel()
-        if ax.axison and not ax.get_label().startswith("<colorbar>") and not labelled:
-            raise ProjectError(f"The axis {ax.get_title()!r} needs labels on x and y.")
     if standin:
         alt = f"{STANDIN_MARK}. {alt}"
         mark = dict(fontsize=28, color="#D55E00", alpha=0.25, rotation=20, ha="center", va="center")
