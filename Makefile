@@ -2,16 +2,13 @@
 #   make html        run every notebook top to bottom and write its page into reports/
 #   make test        lint, then run all tests
 #   make lint        check style and format of all Python code, notebooks included
-#   make estimate    count what the profiles for GPUs cost on common cards
 #   make bench       time the deformable convolution against others and store the numbers
-#   make drawn       train four small Changers: what holds the drawn one back? (about 20 minutes)
+#   make drawn       train the Changer as drawn, beside a pooled one, and store the curves
 #   make figures     draw the figures of the theory
 #   make theory      write reports/theory.html
 #   make theory-images   write the theory as PDF and page images (needs Chromium)
-#   make fuzz        feed the readers broken images, annotations, results and notebooks
-#   make robustness  run every notebook under hard conditions (minutes): other folders, cut off
 #   make submission NAME="Your Name" ID=StudentNumber   pack what is handed in, if it is fit to be
-#   make rerun       unpack that elsewhere, run every notebook afresh, compare every number
+#   make rerun ZIP=HW3-Name-Number.zip   unpack that elsewhere and run every notebook afresh
 #   make clean       remove caches and the outputs of stand-in runs
 #   make distclean   also remove the environment, checkpoints and demonstration runs
 PYTHON ?= python3
@@ -23,8 +20,7 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 # environment does not count.
 given = $(if $(findstring command,$(origin $(1))),"$$$(1)")
 
-.PHONY: help html test lint estimate bench drawn figures theory theory-images fuzz robustness \
-	submission rerun clean distclean
+.PHONY: help html test lint bench drawn figures theory theory-images submission rerun clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -40,9 +36,6 @@ lint: $(VENV)/installed-tests
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
 
-estimate: $(VENV)/installed
-	$(RUN) -m tools.estimate
-
 bench: $(VENV)/installed
 	$(RUN) -m tools.bench
 
@@ -53,23 +46,19 @@ figures: $(VENV)/installed
 	$(RUN) -m theory.make_figures
 
 theory: $(VENV)/installed
-	$(RUN) -m tools.html theory reports/theory.html
+	$(RUN) -m tools.page reports/theory.html
 
 theory-images: $(VENV)/installed
-	$(RUN) -m tools.html images reports/theory
-
-fuzz: $(VENV)/installed-tests
-	$(RUN) -m pytest tests/fuzz.py
-
-robustness: $(VENV)/installed-tests
-	$(RUN) -m pytest tests/robustness.py
+	$(RUN) -m tools.page reports/theory
 
 submission: $(VENV)/installed
-	$(RUN) -m tools.submission build --name=$(call given,NAME) --id=$(call given,ID) \
+	$(RUN) -m tools.submit --name=$(call given,NAME) --id=$(call given,ID) \
 		--collaborators=$(call given,COLLABORATORS) $(if $(filter 1,$(ALLOW_STANDIN)),--allow-standin)
 
-rerun: $(VENV)/installed
-	$(RUN) -m tools.submission rerun --zip=$(call given,ZIP)
+rerun:
+	rm -rf build/rerun && mkdir -p build/rerun
+	$(PYTHON) -m zipfile -e $(call given,ZIP) build/rerun
+	cd build/rerun/HW3-* && $(MAKE) html
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -81,7 +70,7 @@ $(VENV)/installed-tests: $(VENV)/installed tests/requirements.txt
 	touch $@
 
 clean:
-	rm -rf reports/standin reports/unfinished data/standin-* .pytest_cache .ruff_cache
+	rm -rf build reports/standin reports/unfinished .pytest_cache .ruff_cache
 	find . -name $(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean

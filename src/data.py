@@ -1,295 +1,376 @@
 """Where the images come from, how an image file is read, and how samples are split.
 
-A data set comes from `HW3_DATA`, then `data/`, then the official source, then the built-in
-stand-in. What each one looks like on disk, `src/datasets` says.
+data/README.md lists the layouts that are read and what is downloaded.
 """
 
-import atexit
 import contextlib
 import functools
-import os
+import gzip
+import hashlib
+import io
+import json
+import math
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from src import ROOT, standin
-from src.download import DataError, DownloadError, storing
+from src import ROOT, ProjectError, standin
+from src.files import write_whole
 
-DATA = ROOT / "data"  # downloads and the stand-in's files go here
-
-
-@dataclass(frozen=True)
-class DataSet:
-    """How a data set is recognised on disk, and fetched where it is missing."""
-
-    title: str  # such as "CIFAR-10"
-    is_in: Callable[[Path, str | None], bool]  # whether a folder holds it for a profile
-    fetch: Callable[[Path, str | None, str | None], None]  # stores it: folder, profile, mirror
-    layout: str = ""  # how a folder that holds it looks
-    clues: tuple[str, ...] = ()  # patterns of files in a folder that holds it in another layout
+CIFAR10, COCO, PHOTOS = "CIFAR-10", "MS COCO", "photos"
+CIFAR_CLASSES = ("airplane", "automobile")
+DATA = ROOT / "data"
+SPLITS = ("train2017", "val2017")
+SAMPLE = ROOT / "src" / "coco_sample"  # annotations of a fixed sample of COCO's photos
+CIFAR_HOST, COCO_HOST = "https://www.cs.toronto.edu", "http://images.cocodataset.org"
+ARCHIVE = "cifar-10-python.tar.gz"
+CIFAR_MD5 = "c58f30108f718f92721af3b95e74349a"
+WAITS, TIMEOUT = (0.5, 2), 20  # seconds between tries, and without a byte
+TOLERATED, TOLERATED_OWN = 27, 274  # of the sample's 549 photos; in the user's own folder
+DEPTH = 5  # folders below the one that is searched
+# What the paths of a data set's files end with
+PICTURE = r"[^./][^/]*\.(jpe?g|png)"
+CONTENT = r"[^./][^/]*\.(jpe?g|png|bmp|webp|tiff?|zip|gz|tar)"
+BATCHES = r"cifar-10-batches-py/data_batch_1|cifar-10-python\.tar\.gz"
+COCO_PHOTO, ANNOTATIONS = r"\d{12}\.jpg", r"instances_{}\.json"
+ADE20K = rf"ADEChallengeData2016/images/\w+/{PICTURE}|release_test/testing/{PICTURE}"
+PATTERNS = {
+    CIFAR10: rf"{BATCHES}|(train|test)/(airplane|automobile)/{PICTURE}",
+    COCO: COCO_PHOTO,
+    PHOTOS: rf"{COCO_PHOTO}|{ADE20K}",
+}
+# Folders such as val2017, validation and release_test/testing, but not ADE20K's "validation"
+TEST_PHOTO = rf"(val|test)[^/]*/(.*/)?{COCO_PHOTO}|release_test/testing/{PICTURE}"
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a data set was found: `name` is "HW3_DATA", "data/", "download" or "stand-in"."""
+    """Where a data set lies: `name` is "HW3_DATA", "data/", "download" or "stand-in"."""
 
-    title: str  # of the data set
+    title: str
     name: str
-    path: Path | None = field(default=None, repr=False)  # its folder; None for the stand-in
-    counts: str = ""  # such as "10000 train, 2000 test", once loaded
-    downloads: bool = False  # whether files that are missing in the folder may be downloaded
-    mirror: str | None = field(default=None, repr=False)  # replaces the official hosts
+    folder: Path
 
     @property
     def is_standin(self) -> bool:
         return self.name == "stand-in"
 
-    def describe(self) -> str:
-        """One line for banners that names no folder of the machine."""
-        origin = (
-            "STAND-IN images drawn by this project's own code"
-            if self.is_standin
-            else f"real images from {self.name}"
-        )
-        counts = f" ({self.counts})" if self.counts else ""
-        warning = "; results say nothing about the real data" if self.is_standin else ""
-        return f"{self.title}: {origin}{counts}{warning}"
+    @functools.cached_property
+    def files(self) -> list[str]:
+        """All in the folder and up to `DEPTH` folders deeper, relative to it."""
+        levels = ["*/" * depth + "*" for depth in range(DEPTH + 1)]
+        paths = (path for level in levels for path in self.folder.glob(level))
+        return sorted(path.relative_to(self.folder).as_posix() for path in paths)
+
+    def matching(self, pattern: str) -> list[Path]:
+        """The files whose paths end with a pattern, outside of hidden folders."""
+        whole = re.compile(rf"([^._][^/]*/)*({pattern})", re.IGNORECASE)
+        return [self.folder / file for file in self.files if whole.fullmatch(file)]
+
+    @functools.cached_property
+    def photos(self) -> dict[str, Path]:
+        """Photos by name, as COCO's are known by their 12 digits wherever they lie."""
+        return {path.name: path for path in self.matching(PATTERNS[PHOTOS])}
 
 
-# --- finding -------------------------------------------------------------------------------------
-def find_source(
-    dataset: DataSet,
-    profile: str | None = None,
-    folder: Path | None = None,
-    mirror: str | None = None,
+# --- finding --------------------------------------------------------------------------------------
+def find(
+    dataset: str, profile: str, folder: Path | None = None, mirror: str | None = None
 ) -> Source:
-    """Choose where a data set comes from, and print the choice and its reasons.
+    """Choose where a data set comes from, and print the choice and its reason.
 
     Args:
-        dataset: what is looked for.
-        profile: of the run; None is as "cpu". "smoke" always takes the stand-in; "demo" takes
-            what is on disk and downloads nothing.
+        dataset: `CIFAR10`, `COCO` or `PHOTOS`.
+        profile: "smoke" always takes the stand-in; "demo" downloads nothing.
         folder: the user's own data (`HW3_DATA`), looked into first.
         mirror: base address that replaces the official hosts (`HW3_MIRROR`).
 
     Raises:
-        DataError: `folder` cannot be read, or holds it in another layout; a download cannot be
-            stored or has a wrong checksum.
+        ProjectError: `folder` holds pictures or archives, but no data set in a layout we read.
     """
-    title = dataset.title
+    places = {"HW3_DATA": folder, "data/": DATA, "download": None if profile == "demo" else DATA}
+    for name, place in places.items():
+        source = Source(dataset, name, place)
+        if place and profile != "smoke" and _holds(source, mirror):
+            print(f"{dataset}: real images from {name}")
+            return source
+    reason = "always in profile smoke" if profile == "smoke" else "no real ones are at hand"
+    print(f"{dataset}: STAND-IN images, drawn by this project's own code ({reason})")
+    return Source(dataset, "stand-in", Path(standin.coco_folder().name))
 
-    def choose() -> Source:
-        if profile == "smoke":
-            print(f"{title}: the smoke profile always takes the stand-in")
-            return Source(title, "stand-in")
-        online = profile != "demo"
-        if folder is None:
-            print(f"{title}: HW3_DATA is not set")
-        else:
-            try:
-                if dataset.is_in(folder, profile):
-                    return Source(title, "HW3_DATA", folder)
-                print(f"{title}: HW3_DATA holds none{_other_content(dataset, folder)}")
-            except OSError as error:
-                raise DataError(
-                    f"HW3_DATA cannot be read ({error.strerror}): make it readable, or unset it"
-                ) from error
-        if dataset.is_in(DATA, profile):
-            return Source(title, "data/", DATA, downloads=online, mirror=mirror)
-        print(f"{title}: data/ holds none")
-        if not online:
-            print(f"{title}: nothing is downloaded for it in the demo profile")
-            return Source(title, "stand-in")
-        print(f"{title}: downloading what is missing (HW3_PROFILE=demo would download nothing)")
+
+def _holds(source, mirror):
+    """Whether a data set is there or comes; an error for unknown pictures in the user's folder."""
+    title, own = source.title, source.name == "HW3_DATA"
+    if source.name == "download":
         try:
-            dataset.fetch(DATA, profile, mirror)
-            return Source(title, "download", DATA, downloads=True, mirror=mirror)
-        except DownloadError as error:
+            _download(title, mirror)
+        except ProjectError as error:
             print(f"{title}: {error}")
-            return Source(title, "stand-in")
-
-    source = choose()
-    print(source.describe())
-    return source
-
-
-def _other_content(dataset: DataSet, folder: Path) -> str:
-    """What the user's folder holds instead; DataError where it looks like the data set's files."""
-    clues = {path for clue in dataset.clues for path in folder.glob(clue)}
-    found = sorted(path.relative_to(folder).as_posix() for path in clues)[:4]
-    if found:
-        raise DataError(
-            f"HW3_DATA holds {', '.join(found)}, but {dataset.title} is read as {dataset.layout}: "
-            "move or rename what is there (data/README.md lists all layouts), or unset HW3_DATA"
+    known = source.matching(PATTERNS[title])
+    own_annotations = own and source.matching(ANNOTATIONS.format("val2017"))
+    whole = title == CIFAR10 or own and title == PHOTOS or own_annotations
+    missing = [] if whole else _missing(source)
+    if known and len(missing) <= (TOLERATED_OWN if own else TOLERATED):
+        return True
+    content = source.matching(CONTENT)
+    others = any(map(source.matching, PATTERNS.values()))
+    if own and (known or content and not others):
+        raise ProjectError(
+            f"HW3_DATA holds {len(content)} pictures or archives such as {content[0]}, but not "
+            f"{title}: {len(known)} files have names that are read, {len(missing)} photos are "
+            f"missing. Looked {DEPTH} folders deep for what data/README.md lists: rename or unpack "
+            "them, or unset HW3_DATA."
         )
-    names = sorted(path.name for path in folder.iterdir())
-    return f", only {', '.join(names[:6])}{' ...' * (len(names) > 6)}" if names else ""
+    if own:
+        print(f"{title}: HW3_DATA holds {'only another data set' if others else 'no pictures'}")
+    return False
 
 
-# --- reading files -------------------------------------------------------------------------------
+# --- downloading ----------------------------------------------------------------------------------
+def fetch(url: str, path: Path, check=len) -> None:
+    """Download a file whole or not at all, in three tries.
+
+    Args:
+        check: called with the bytes that arrived; raises an error if they are not right.
+
+    Raises:
+        ProjectError: with the reason that the server, the network, the check or the disk gave.
+    """
+    for wait in (*WAITS, None):
+        try:
+            content = urllib.request.urlopen(url, timeout=TIMEOUT).read()
+            check(content)
+            break
+        except Exception as error:  # of the network, the server, or the check
+            if wait is None:
+                raise ProjectError(f"{url} could not be fetched: {error!r}") from error
+            time.sleep(wait)
+    write_whole(path, content)
+
+
+def _download(title, mirror):
+    """Fetch CIFAR-10's archive, or the photos of COCO's sample that are missing."""
+    print(f"{title}: downloading into data/ (HW3_PROFILE=demo downloads nothing)")
+    mirror = (mirror or "").rstrip("/")
+    if title == CIFAR10:
+        return fetch(f"{mirror or CIFAR_HOST}/~kriz/{ARCHIVE}", DATA / ARCHIVE, _check_md5)
+    failures = []
+
+    def decode(content):
+        Image.open(io.BytesIO(content)).load()
+
+    def store(photo):
+        path = DATA / "coco" / photo
+        # Another program may have been quicker; and where many fail, all will.
+        if len(failures) <= TOLERATED and not path.exists():
+            try:
+                fetch(f"{mirror or COCO_HOST}/{photo}", path, decode)
+            except ProjectError as error:
+                failures.append(error)
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(store, _missing(Source(title, "data/", DATA))))
+    _report(title, failures)
+
+
+def _check_md5(content):
+    if hashlib.md5(content).hexdigest() != CIFAR_MD5:
+        raise ValueError(f"wrong checksum of {len(content)} bytes")
+
+
+def _report(title, failures):
+    if failures:
+        print(f"{title}: {len(failures)} images cannot be used, for instance: {failures[0]}")
+
+
+# --- reading --------------------------------------------------------------------------------------
 @contextlib.contextmanager
-def opened_image(path: Path) -> Iterator[Image.Image]:
-    """Open an image file; what goes wrong inside becomes a DataError that names the file."""
-    with _decoding(str(path)), Image.open(path) as image:
-        yield image
-
-
-@contextlib.contextmanager
-def _decoding(name: str) -> Iterator[None]:
+def _reading(path):
+    """Turn whatever a library raises for a damaged file into one line that names the file."""
     try:
         yield
-    except Exception as error:  # Pillow's decoders raise of all kinds for damaged files
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"cannot read the image {name} ({reason}): replace or remove it") from error
+    except ProjectError:
+        raise
+    except Exception as error:
+        raise ProjectError(f"{path} cannot be read: {error!r}") from error
 
 
 def read_image(path: Path) -> Image.Image:
-    """Read an image file as upright 8-bit RGB, transparent parts white.
-
-    Raises:
-        DataError: a missing or damaged file; names it.
-    """
-    with opened_image(path) as image:
-        return upright_rgb(image)
-
-
-def upright_rgb(image: Image.Image) -> Image.Image:
-    """A Pillow image as `read_image` gives it: upright 8-bit RGB, transparent parts white."""
-    return as_rgb(ImageOps.exif_transpose(image))
+    """Read an image file as upright 8-bit RGB, transparent parts white; or a ProjectError."""
+    with _reading(path), Image.open(path) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode[0] == "I":  # 16-bit gray, which Pillow would clip at 255
+            image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
 
 
-def as_rgb(image: Image.Image) -> Image.Image:
-    """A Pillow image as 8-bit RGB, transparent parts white, its pixels where they are stored."""
-    if image.mode[0] == "I":  # 16-bit grey, which Pillow would clip at 255
-        image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+def _read_all(title, paths, read, limit=None):
+    """What `read` makes of at most `limit` files; those with an error are left out and counted."""
+    results, failures = [], []
+    for path in paths:
+        if len(results) == limit:
+            break
+        try:
+            with _reading(path):
+                results.append(read(path))
+        except ProjectError as error:
+            failures.append(error)
+    _report(title, failures)
+    if not results:
+        raise ProjectError(f"{title}: no image can be used; data/README.md says which are read.")
+    return results
 
 
-def central_square(image, side: int, least: int = 16) -> tuple[torch.Tensor, int]:
-    """The central square of a photo, resized.
-
-    Args:
-        image: a Pillow image or a file name.
-        side: of the result, in pixels.
-        least: the shortest side that is accepted.
+def cifar10(source: Source, limit: int | None = None) -> dict[str, tuple]:
+    """CIFAR-10's airplanes (label 0) and automobiles (1), at most `limit` of each in a role.
 
     Returns:
-        (1, 3, side, side) in [0, 1], and the photo's shorter side.
+        {"train": (images (N, 3, 32, 32) uint8, labels (N,) int64), "test": ...}.
 
     Raises:
-        ProjectError: for what is not an image, cannot be read, or is too small.
+        ProjectError: a damaged archive, or no image of a class.
     """
-    if isinstance(image, (str, os.PathLike)):
-        image = read_image(Path(image))
-    elif isinstance(image, Image.Image):
-        with _decoding(getattr(image, "filename", "") or "that was given"):
-            image = upright_rgb(image)
-    else:
-        raise DataError(f"Give a Pillow image or a file name, not {type(image).__name__}.")
-    short = min(image.size)
-    if short < least:
-        raise DataError(
-            f"The image is {image.width}x{image.height} pixels; at least {least}x{least} are "
-            "needed."
-        )
-    left, top = (image.width - short) / 2, (image.height - short) / 2
-    box = (left, top, left + short, top + short)
-    pixels = np.array(image.resize((side, side), Image.Resampling.LANCZOS, box=box))
-    return torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255, short
+    tensors, batches = {}, source.matching(BATCHES)
+    for role in ("train", "test"):
+        if source.is_standin:
+            images, labels = standin.draw_cifar(400, seed=len(role))
+        elif batches:
+            images, labels = _read_batches(batches[0], role)
+        else:
+            paths = [
+                path
+                for kind in CIFAR_CLASSES
+                for path in source.matching(f"{role}/{kind}/{PICTURE}")[:limit]
+            ]
+            images, labels = zip(*_read_all(f"{CIFAR10}, {role}", paths, _read_small))
+        images, labels = torch.from_numpy(np.asarray(images)), torch.as_tensor(labels)
+        chosen = torch.cat([torch.where(labels == label)[0][:limit] for label in (0, 1)])
+        if len(labels[chosen].unique()) < 2:
+            raise ProjectError(f"{CIFAR10} from {source.name}: a class has no {role} image.")
+        tensors[role] = images[chosen].permute(0, 3, 1, 2).contiguous(), labels[chosen]
+    return tensors
 
 
-def image_files(folder: Path) -> list[Path]:
-    """The JPEG and PNG files of a folder in sorted order; DataError if there is none."""
-    files = sorted(
-        path
-        for path in (folder.iterdir() if folder.is_dir() else ())
-        if path.suffix.lower() in (".jpg", ".jpeg", ".png") and not path.name.startswith(".")
-    )
-    if not files:
-        problem = "holds no JPEG or PNG image" if folder.is_dir() else "is missing"
-        raise DataError(
-            f"the folder {folder} {problem}: fill it as data/README.md shows, or use another source"
-        )
-    return files
+def _read_small(path):
+    image = read_image(path)
+    if image.size != (32, 32):
+        raise ValueError(f"{image.width} x {image.height} pixels, not 32 x 32")
+    return np.asarray(image), CIFAR_CLASSES.index(path.parent.name.lower())
 
 
-def standin_folder(kind: str, draw: Callable[[Path], None]) -> Path:
-    """Folder that `draw` fills at first use; temporary where `data/` cannot be written."""
-    return _drawn(kind, draw, DATA / f"standin-{standin.VERSION}" / kind)
+def _read_batches(path, role):
+    from torchvision.datasets import CIFAR10 as Batches
+
+    with _reading(path), tempfile.TemporaryDirectory() as scratch:
+        root = path.parent.parent
+        if path.suffix == ".gz":  # unpacked elsewhere: the user's folder stays as it is
+            root = scratch
+            _check_md5(path.read_bytes())
+            shutil.unpack_archive(path, root)
+        batches = Batches(root, train=role == "train")
+    return batches.data, batches.targets
 
 
 @functools.cache
-def _drawn(kind: str, draw: Callable[[Path], None], target: Path) -> Path:
-    part = target.with_name(f"{kind}.part-{os.getpid()}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if not target.is_dir():
-            draw(part)
-            os.rename(part, target)
-    except OSError:
-        pass  # an unwritable or full folder, or another program was quicker
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    if target.is_dir():
-        return target
-    folder = Path(tempfile.mkdtemp(prefix="standin-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    with storing(folder):
-        draw(folder / kind)
-    return folder / kind
+def _sample(split):
+    """The committed annotations."""
+    return json.loads(gzip.decompress((SAMPLE / f"instances_{split}.json.gz").read_bytes()))
 
 
-# --- splits --------------------------------------------------------------------------------------
-def train_val_split(
-    labels: Sequence[int], val_fraction: float, seed: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Split sample indices into training and validation, each class in the same proportion.
+def _missing(source):
+    """The sample's photos that a source lacks, as the server names them: train2017/....jpg."""
+    photos = [(split, i["file_name"]) for split in SPLITS for i in _sample(split)["images"]]
+    return [f"{split}/{name}" for split, name in photos if name not in source.photos]
+
+
+def coco(source: Source, split: str, limit: int | None = None) -> tuple:
+    """COCO's annotations ("train2017" or "val2017") of at most `limit` photos that are at hand.
 
     Returns:
-        Two sorted int64 tensors without a common index; the same for the same seed.
+        pycocotools' `COCO` of all that the annotations name, and {image id: path} of the photos.
 
     Raises:
-        DataError: `val_fraction` outside (0, 1), or a class too small to be in both parts.
+        ProjectError: unreadable annotations, or too few of their photos.
     """
-    labels, rng = np.asarray(labels), np.random.default_rng(seed)
-    chosen = [
-        _draw_validation(np.flatnonzero(labels == label), val_fraction, rng)
-        for label in np.unique(labels)
-    ]
-    return _two_parts(np.isin(np.arange(len(labels)), np.concatenate(chosen)))
+    from pycocotools.coco import COCO as Annotations  # only one notebook needs this library
 
-
-def split_groups(
-    groups: Sequence[Hashable], val_fraction: float, seed: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `train_val_split`, but all samples of one group (such as a photo) stay together."""
-    names, group = np.unique(np.asarray(groups), return_inverse=True)
-    return _two_parts(
-        np.isin(
-            group,
-            _draw_validation(np.arange(len(names)), val_fraction, np.random.default_rng(seed)),
+    index, photos = Annotations(), source.photos
+    index.dataset = _sample(split)
+    for path in source.matching(ANNOTATIONS.format(split))[:1]:
+        with _reading(path):
+            index.dataset = json.loads(path.read_bytes())
+    ids = {info["file_name"]: info["id"] for info in index.dataset["images"]}
+    paths = {ids[name]: photos[name] for name in ids if name in photos}
+    asked = min(limit or len(_sample(split)["images"]), len(ids))
+    if len(paths) < asked / 2:
+        raise ProjectError(
+            f"{COCO}: {len(paths)} of {asked} photos of {split} are in {source.folder}, under "
+            "COCO's names of 12 digits: add photos, or unset HW3_DATA."
         )
-    )
+    with contextlib.redirect_stdout(io.StringIO()):
+        index.createIndex()
+    return index, dict(list(paths.items())[:limit])
 
 
-def _draw_validation(items: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:
-    n_val = max(1, round(fraction * len(items)))
-    if not 0 < fraction < 1 or n_val >= len(items):
-        raise DataError(
-            f"cannot set a validation share of {fraction} aside from {len(items)} items: choose "
-            "a share between 0 and 1, or load more data"
-        )
-    return rng.permutation(items)[:n_val]
+def photos(
+    source: Source, role: str, limit: int | None, least_side: int = 64, seed: int = 0
+) -> list[Path]:
+    """At most `limit` photos of "train" or "test", drawn at random; none has both roles.
+
+    Those that are unreadable or have a side below `least_side` pixels are left out and counted.
+
+    Raises:
+        ProjectError: if no photo is left.
+    """
+
+    def check(path):
+        with Image.open(path) as image:
+            if min(image.size) < least_side:
+                raise ValueError(f"a side is below {least_side} pixels")
+        return path
+
+    tests = {path.name for path in source.matching(TEST_PHOTO)}
+    paths = [path for name, path in source.photos.items() if (name in tests) == (role == "test")]
+    np.random.default_rng(seed).shuffle(paths)
+    return sorted(_read_all(f"{PHOTOS}, {role}", paths, check, limit))
 
 
-def _two_parts(validates: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.from_numpy(np.flatnonzero(~validates)), torch.from_numpy(np.flatnonzero(validates))
+# --- splits ---------------------------------------------------------------------------------------
+def split(groups, share: float, seed: int, labels=None) -> tuple:
+    """Split samples into training and validation, whole groups (such as photos) at a time.
+
+    Args:
+        groups: of each sample.
+        share: of the groups that validate, in each class.
+        seed: of the draw.
+        labels: class of each sample; a group counts for its first sample's class.
+
+    Returns:
+        Two sorted int64 index tensors without a common group.
+
+    Raises:
+        ProjectError: if one of them would be empty.
+    """
+    names, first, group = np.unique(groups, return_index=True, return_inverse=True)
+    classes = np.zeros(len(names)) if labels is None else np.asarray(labels)[first]
+    order, drawn = np.random.default_rng(seed).permutation(len(names)), []
+    for label in np.unique(classes):
+        members = order[classes[order] == label]
+        drawn += members[: math.ceil(share * (len(members) - 1))].tolist()  # never a whole class
+    if not drawn:
+        raise ProjectError(f"{len(names)} images cannot be split in two: add more.")
+    validates = torch.from_numpy(np.isin(group, drawn))
+    return torch.where(~validates)[0], torch.where(validates)[0]

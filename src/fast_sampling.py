@@ -1,61 +1,68 @@
 """Sampling and product, the costly steps of a deformable convolution, in few passes over memory.
 
-The readable version (`sampled_product` in the notebook) writes four neighbours per sample, then
+The readable version (`sampled_product` in the notebook) writes four neighbors per sample, then
 their weighted copies, before it adds them up. Here
 
-- *forward*: `embedding_bag` adds weighted rows of a table in one pass, block by block; the columns
+- *forward*: `embedding_bag` adds weighted rows of a table in one pass, piece by piece; the columns
   of a convolution are never stored as a whole;
 - *backward*, by hand: with g the gradient of the output, the columns' gradient is g times the
   transposed kernel. From it follow the kernel's gradient (columns sampled again, cheaper than
   keeping them), the gradient of each corner's weight (its scalar product with the corner's pixel)
   and the image's gradient. There, adding to scattered places would be slow and in an order that
   changes from run to run; the corners are sorted by the pixel that they read, and every pixel
-  collects its own: a segment sum, the same bits each time;
-- *second derivatives* go through the readable version, which is passed in as `reference`.
-
-The same code runs on the CPU, on CUDA, on `meta` tensors and under `FakeTensorMode`.
+  collects its own: the same bits each time;
+- *second derivatives* go through the readable version, which is passed in as `reference`;
+- on a CPU, each thread works on its own images: many short parallel regions would wait for each
+  other wherever another program is busy.
 """
 
-import contextlib
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
-from src import ProjectError, accounting
+from src import ProjectError
 
-# Numbers of a block of columns. Whole images, at least one, form a block, for which the columns'
-# gradient exists as a whole; what is sampled at once is smaller where a cache can hold it.
-BLOCK = {"cpu": 2**21, "other": 2**26}
-SAMPLED = {"cpu": 2**19, "other": 2**26}  # 2 MB on the CPU: a core's cache
-CORNERS = 1 / 8  # of a block's numbers: corners read at once where there is no sparse product
+PIECE = {"cpu": 2**19, "cuda": 2**26}  # numbers sampled at once; 2 MB on a CPU: a core's cache
 
 
-def _numbers(table: dict[str, int], x: Tensor) -> int:
-    return table["cpu" if x.device.type == "cpu" else "other"]
-
-
-def slices(length: int, size: int) -> Iterator[slice]:
-    """Cut range(length) into slices of `size`, the last one shorter."""
+def slices(first: int, stop: int, size: int) -> Iterator[slice]:
+    """Cut range(first, stop) into slices of `size`, the last one shorter."""
     size = max(1, size)
-    return (slice(first, min(first + size, length)) for first in range(0, length, size))
+    return (slice(i, min(i + size, stop)) for i in range(first, stop, size))
 
 
-def image_blocks(table: Tensor, base: Tensor) -> Iterator[slice]:
-    """Cut the batch of a table (N, S, R, C) into blocks of whole images."""
-    numbers = base[0, 0].numel() * table.shape[3] if len(base) else 1
-    return slices(len(base), _numbers(BLOCK, table) // max(1, numbers))
+def side_by_side(function: Callable[[slice], object], images: int, device: torch.device) -> list:
+    """Results of function(slice) for shares of the images: on a CPU, one share for each thread."""
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    shares = min(threads, images)
+    if shares < 2:
+        return [function(slice(0, images))]
+
+    inference = torch.is_inference_mode_enabled()  # new threads do not know of it
+
+    def alone(share: slice):
+        torch.set_num_threads(1)
+        with torch.inference_mode(inference), torch.no_grad():
+            return function(share)
+
+    bounds = [i * images // shares for i in range(shares + 1)]
+    try:
+        with ThreadPoolExecutor(shares) as pool:
+            return list(pool.map(alone, map(slice, bounds, bounds[1:])))
+    finally:
+        torch.set_num_threads(threads)  # some of the libraries below know one number only
 
 
 def corner_rows(base: Tensor, row: int, rows: int) -> Tensor:
-    """Give the four neighbours of every sample of a few images.
+    """Give the four neighbors of every sample of a few images.
 
     Args:
-        base: (B, P, K), the upper left neighbours.
+        base: (B, P, K), the upper left neighbors.
         row: rows of the table per row of the image.
         rows: of the table per image.
 
@@ -63,9 +70,8 @@ def corner_rows(base: Tensor, row: int, rows: int) -> Tensor:
         (B * P * K, 4): rows of the images' tables, one below the other.
     """
     images = torch.arange(len(base), dtype=base.dtype, device=base.device) * rows
-    steps = base.new_zeros(4)
-    steps[1::2] += 1
-    steps[2:] += row
+    right, below = base.new_ones(()), base.new_full((), row)
+    steps = torch.stack([right - right, right, below, below + right])
     return (base + images[:, None, None]).reshape(-1, 1) + steps
 
 
@@ -75,26 +81,16 @@ def sample(table: Tensor, corners: Tensor, weight: Tensor) -> Tensor:
 
 
 def corner_products(by_sample: Tensor, table: Tensor, corners: Tensor) -> Tensor:
-    """Scalar product of each sample (samples, C) with the table's rows (R, C) at its corners.
-
-    Returns:
-        (samples, 4), as `corners`.
-    """
-    if table.device.type != "cpu" or isinstance(table, FakeTensor):
-        products, channels = by_sample.new_empty(corners.shape), table.shape[1]
-        # Most blocks are one piece; in larger ones a launch is short beside the work of a piece.
-        step = int(CORNERS * _numbers(BLOCK, table)) // (4 * channels)
-        for part in slices(len(corners), step):
-            pixels = table.index_select(0, corners[part].view(-1)).view(-1, 4, channels)
-            products[part] = pixels.mul_(by_sample[part, None]).sum(dim=2)
-            del pixels
-        return products
-    # A product of matrices of which only the entries of a sparse pattern are computed, four a row.
-    pointers = torch.arange(0, corners.numel() + 1, 4, dtype=corners.dtype)
+    """Scalar products of samples (n, C) with a table's rows at their corners (n, 4) -> (n, 4)."""
+    if table.device.type != "cpu":
+        rows = (table.index_select(0, corner) for corner in corners.t())
+        return torch.stack([torch.einsum("sc,sc->s", x, by_sample) for x in rows], dim=1)
+    # A product of matrices of which only the entries of a sparse pattern are computed, four a row:
+    # four to twelve times as fast as the lines above.
     with warnings.catch_warnings():  # the layout is announced as beta; it only carries indices here
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
         pattern = torch.sparse_csr_tensor(
-            pointers,
+            torch.arange(0, corners.numel() + 1, 4, dtype=corners.dtype),
             corners.view(-1),
             table.new_zeros(corners.numel()),
             size=(len(corners), len(table)),
@@ -104,44 +100,35 @@ def corner_products(by_sample: Tensor, table: Tensor, corners: Tensor) -> Tensor
     return product.values().view(-1, 4)
 
 
-class PixelSum:
-    """Adds up, for every row of a table, the samples that read it; sorted once, used per section.
+def pixel_sums(by_sample: Tensor, corners: Tensor, weight: Tensor, rows: int) -> Tensor:
+    """Add up, for every row of a table, the weighted samples that read it -> (rows, C)."""
+    keys, order = corners.view(-1).sort()
+    every_row = torch.arange(rows, dtype=keys.dtype, device=keys.device)
+    starts = torch.searchsorted(keys, every_row)
+    samples = order.div(4, rounding_mode="floor")
+    weights = weight.view(-1)[order]
+    return F.embedding_bag(samples, by_sample, starts, mode="sum", per_sample_weights=weights)
 
-    Args:
-        corners: (samples, 4), see `corner_rows`.
-        weight: (samples, 4).
-        rows: of the table.
+
+def piece_size(table: Tensor, taps: int) -> int:
+    """How many positions are sampled at once."""
+    return max(
+        64, PIECE["cpu" if table.device.type == "cpu" else "cuda"] // (taps * table.shape[3])
+    )
+
+
+def blocks(share: slice, table: Tensor, base: Tensor, row: int, size: int) -> Iterator:
+    """Take a few images at a time, of about `size` positions, and their sections one by one.
+
+    Yields:
+        The images, the section, its offset group, its table (B * R, C), `corner_rows` of both.
     """
-
-    def __init__(self, corners: Tensor, weight: Tensor, rows: int):
-        keys, order = corners.view(-1).sort()
-        every_row = torch.arange(rows, dtype=keys.dtype, device=keys.device)
-        self.starts = torch.searchsorted(keys, every_row, out_int32=True)
-        del keys
-        self.weight = weight.reshape(-1)[order]
-        self.sample = order.div_(4, rounding_mode="floor").int()
-
-    def __call__(self, by_sample: Tensor) -> Tensor:
-        """Samples (samples, C) -> (rows, C)."""
-        return F.embedding_bag(
-            self.sample, by_sample, self.starts, mode="sum", per_sample_weights=self.weight
-        )
-
-
-def _one_by_one(function, info, in_dims, inputs):
-    """The rule for torch.func.vmap: the function of each entry of the mapped dimension, stacked."""
-    outputs = [
-        function.apply(*(x if dim is None else x.select(dim, i) for x, dim in zip(inputs, in_dims)))
-        for i in range(info.batch_size)
-    ]
-    if torch.is_tensor(outputs[0]):
-        return torch.stack(outputs), 0
-    return tuple(torch.stack(parts) for parts in zip(*outputs)), (0,) * len(outputs[0])
-
-
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.row, ctx.groups, ctx.reference = inputs
-    ctx.save_for_backward(*tensors)
+    sections, rows, channels = table.shape[1:]
+    for images in slices(share.start, share.stop, size // max(1, base.shape[2])):
+        for s in range(sections):
+            g = s * base.shape[1] // sections
+            pixels = table[images, s].reshape(-1, channels)
+            yield images, s, g, pixels, corner_rows(base[images, g], row, rows)
 
 
 class SampledProduct(torch.autograd.Function):
@@ -160,156 +147,93 @@ class SampledProduct(torch.autograd.Function):
         (N, groups, O / groups, P).
     """
 
-    setup_context = staticmethod(_setup_context)
-
     @staticmethod
-    def forward(table, base, weight, kernel, row, groups, reference: Callable):
-        (batch, sections, rows, channels), (_, split, positions, taps) = table.shape, base.shape
+    def forward(ctx, table, base, weight, kernel, row, groups, reference: Callable):
+        ctx.save_for_backward(table, base, weight, kernel)
+        ctx.row, ctx.groups, ctx.reference = row, groups, reference
+        batch, _, positions, taps = base.shape
         out = table.new_zeros(groups, batch * positions, kernel.shape[2])
-        step = max(64, _numbers(SAMPLED, table) // max(1, taps * channels))  # positions at once
-        for images in image_blocks(table, base):
-            for s in range(sections):
-                g, h = s * split // sections, s * groups // sections
-                pixels = table[images, s].reshape(-1, channels)
-                corners = corner_rows(base[images, g], row, rows)
+        size = piece_size(table, taps)
+
+        def compute(share: slice) -> None:
+            for images, s, g, pixels, corners in blocks(share, table, base, row, size):
                 weights = weight[images, g].reshape(-1, 4)
-                result = out[h, images.start * positions : images.stop * positions]
-                for part in slices(len(result), step):
+                place = slice(images.start * positions, images.stop * positions)
+                result = out[s * groups // len(kernel), place]
+                for part in slices(0, len(result), size):
                     samples = slice(part.start * taps, part.stop * taps)
                     columns = sample(pixels, corners[samples], weights[samples])
-                    result[part].addmm_(columns.view(-1, taps * channels), kernel[s])
-                    del columns
+                    result[part].addmm_(columns.view(len(columns) // taps, -1), kernel[s])
+
+        side_by_side(compute, batch, table.device)
         return out.view(groups, batch, positions, kernel.shape[2]).permute(1, 0, 3, 2)
 
     @staticmethod
     def backward(ctx, grad):
-        others = ctx.row, ctx.groups, ctx.reference
-        with full_precision(grad.device.type):  # autocast may be on where backward is called
-            grads = SampledProductGradient.apply(*ctx.saved_tensors, grad, *others)
+        table, base, weight, kernel = ctx.saved_tensors
+        with torch.autocast(grad.device.type, enabled=False):  # it may be on where this is called
+            if torch.is_grad_enabled():  # derivatives of the gradients are asked for, too
+                wanted = ctx.needs_input_grad
+                inputs = [x for x, asked in zip((table, base, weight, kernel), wanted) if asked]
+                out = ctx.reference(table, base, weight, kernel, ctx.row, ctx.groups)
+                grads = iter(torch.autograd.grad(out, inputs, grad, create_graph=True))
+                return *(next(grads) if asked else None for asked in wanted[:4]), None, None, None
+            grads = gradients(table, base, weight, kernel, grad, ctx.row, ctx.groups)
         return grads[0], None, *grads[1:], None, None, None
 
-    @staticmethod
-    def vmap(info, in_dims, *inputs):
-        return _one_by_one(SampledProduct, info, in_dims, inputs)
 
-
-class SampledProductGradient(torch.autograd.Function):
+def gradients(table, base, weight, kernel, grad, row, groups) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of table, weight and kernel, given that of the result; see `SampledProduct`."""
+    batch, _, positions, taps = base.shape
+    grad_table, grad_weight = torch.empty_like(table), torch.zeros_like(weight)
+    size = piece_size(table, taps)
 
-    setup_context = staticmethod(_setup_context)
-
-    @staticmethod
-    def forward(table, base, weight, kernel, grad, row, groups, reference):
-        (_, sections, rows, channels), (_, split, positions, taps) = table.shape, base.shape
-        grad_table, grad_weight = torch.empty_like(table), weight.new_zeros(weight.shape)
+    def compute(share: slice) -> Tensor:
         grad_kernel = torch.zeros_like(kernel)
-        step = max(64, _numbers(SAMPLED, table) // max(1, taps * channels))
-        for images in image_blocks(table, base):
-            length = images.stop - images.start
-            for s in range(sections):
-                g, h = s * split // sections, s * groups // sections
-                if s * split % sections == 0:  # the first section of its offset group
-                    corners = corner_rows(base[images, g], row, rows)
-                    weights = weight[images, g].reshape(-1, 4)
-                    pixel_sum = PixelSum(corners, weights, length * rows)
-                pixels = table[images, s].reshape(-1, channels)
-                of_result = grad[images, h].transpose(1, 2).flatten(0, 1)
-                for part in slices(len(of_result), step):
-                    samples = slice(part.start * taps, part.stop * taps)
-                    columns = sample(pixels, corners[samples], weights[samples])
-                    columns = columns.view(-1, taps * channels)
-                    grad_kernel[s].addmm_(columns.t(), of_result[part])
-                    del columns
-                by_sample = (of_result @ kernel[s].t()).view(-1, channels)
-                del of_result
-                products = corner_products(by_sample, pixels, corners)
-                grad_weight[images, g] += products.view(length, positions, taps, 4)
-                grad_table[images, s] = pixel_sum(by_sample).view(length, rows, channels)
-                del by_sample, products
-        return grad_table, grad_weight, grad_kernel
+        for images, s, g, pixels, corners in blocks(share, table, base, row, size):
+            weights = weight[images, g].reshape(-1, 4)
+            of_result = grad[images, s * groups // len(kernel)].transpose(1, 2).flatten(0, 1)
+            for part in slices(0, len(of_result), size):  # (B * P, O / groups)
+                samples = slice(part.start * taps, part.stop * taps)
+                columns = sample(pixels, corners[samples], weights[samples])
+                grad_kernel[s].addmm_(columns.view(len(columns) // taps, -1).t(), of_result[part])
+            by_sample = (of_result @ kernel[s].t()).view(len(corners), -1)
+            products = corner_products(by_sample, pixels, corners)
+            grad_weight[images, g] += products.view(-1, positions, taps, 4)
+            sums = pixel_sums(by_sample, corners, weights, len(pixels))
+            grad_table[images, s] = sums.view_as(grad_table[images, s])
+        return grad_kernel
 
-    @staticmethod
-    def backward(ctx, *grads):
-        table, base, weight, kernel, grad = ctx.saved_tensors
-
-        def product(table, weight, kernel):
-            return ctx.reference(table, base, weight, kernel, ctx.row, ctx.groups)
-
-        def gradients(table, weight, kernel, grad):
-            return torch.func.vjp(product, table, weight, kernel)[1](grad)
-
-        second = torch.func.vjp(gradients, table, weight, kernel, grad)[1](grads)
-        return second[0], None, *second[1:], None, None, None
-
-    @staticmethod
-    def vmap(info, in_dims, *inputs):
-        return _one_by_one(SampledProductGradient, info, in_dims, inputs)
+    kernels = side_by_side(compute, batch, table.device)
+    return grad_table, grad_weight, sum(kernels[1:], kernels[0])
 
 
 # --- what the operator needs besides --------------------------------------------------------------
 def is_autocast(kind: str) -> bool:
-    """Whether autocast is on for a type of device; `meta` and others have none."""
+    """Whether autocast is on for a type of device."""
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-
-
-def full_precision(kind: str):
-    """The context for what needs float32 whatever the autocast, on a type of device."""
-    available = torch.amp.is_autocast_available(kind)
-    return torch.autocast(kind, enabled=False) if available else contextlib.nullcontext()
-
-
-def is_fast(dtype: torch.dtype) -> bool:
-    """Whether `SampledProduct` takes a type; a compiler merges the readable version's parts."""
-    return dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling()
 
 
 def output_size(input: Tensor, weight: Tensor, *place: tuple[int, int]) -> tuple[int, ...]:
     """The output's size (H', W') of a convolution with this stride, padding and dilation."""
     axes = zip(input.shape[2:], weight.shape[2:], *place)
-    return tuple(accounting.output_size(*of_axis) for of_axis in axes)
+    return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in axes)
 
 
-def check_arguments(input, offset, weight, bias, stride, padding, dilation, mask):
-    """Check the arguments of `deform_conv2d`.
-
-    Returns:
-        The output's size (H', W').
+def check_arguments(input, offset, weight, mask, size: tuple[int, ...]) -> None:
+    """Check that the arguments of `deform_conv2d` fit each other and the output's size (H', W').
 
     Raises:
         ProjectError: names the argument that does not fit.
     """
-
-    def refuse(text):
-        raise ProjectError(f"deform_conv2d: {text}")
-
-    named = dict(input=input, offset=offset, weight=weight, bias=bias, mask=mask)
-    for name, x in named.items():
-        wanted = 1 if name == "bias" else 4
-        if x is not None and x.dim() != wanted:
-            dimensions = f"{wanted} dimension{'s' if wanted > 1 else ''}"
-            refuse(f"{name} has the shape {tuple(x.shape)}; it needs {dimensions}.")
-        if x is not None and (
-            x.device != input.device or x.dtype != input.dtype or not x.is_floating_point()
-        ):
-            kinds = f"input is {input.dtype} on {input.device}, {name} is {x.dtype} on {x.device}"
-            refuse(f"{kinds}: give all tensors one floating-point type and one device.")
-    for name, pair, least in (("stride", stride, 1), ("padding", padding, 0),
-                              ("dilation", dilation, 1)):  # fmt: skip
-        if len(pair) != 2 or not all(isinstance(v, int) and v >= least for v in pair):
-            refuse(f"{name} is {pair}; it needs one or two integers of at least {least}.")
     channels, (outputs, share, *kernel_size) = input.shape[1], weight.shape
-    taps, shape = math.prod(kernel_size), tuple(offset.shape)
-    if not weight.numel() or channels % share or outputs % (channels // share):
-        refuse(f"a weight of shape {tuple(weight.shape)} does not fit {channels} input channels.")
-    size = output_size(input, weight, stride, padding, dilation)
-    groups, rest = divmod(offset.shape[1], 2 * taps)
-    if rest or not groups or channels % groups or (shape[0], *shape[2:]) != (len(input), *size):
-        needs = f"({len(input)}, 2 * {taps} * offset groups, {size[0]}, {size[1]})"
-        refuse(f"offset has the shape {shape}; it needs {needs}, the offset groups dividing "
-               f"{channels} channels.")  # fmt: skip
-    if mask is not None and mask.shape != (len(input), groups * taps, *size):
-        needs = f"with this offset it needs {(len(input), groups * taps, *size)}"
-        refuse(f"mask has the shape {tuple(mask.shape)}; {needs}.")
-    if bias is not None and len(bias) != outputs:
-        refuse(f"bias has {len(bias)} entries for {outputs} output channels.")
-    return size
+    if not share or channels % share or outputs % (channels // share):
+        raise ProjectError(f"deform_conv2d: weight {tuple(weight.shape)} for {channels} channels.")
+    taps = math.prod(kernel_size)
+    groups = max(1, offset.shape[1] // (2 * taps))
+    if channels % groups:
+        raise ProjectError(f"deform_conv2d: {groups} offset groups for {channels} channels.")
+    for name, x, each in (("offset", offset, 2 * taps), ("mask", mask, taps)):
+        wanted = len(input), each * groups, *size
+        if x is not None and x.shape != wanted:
+            raise ProjectError(f"deform_conv2d: {name} is {tuple(x.shape)}; it needs {wanted}.")

@@ -2,10 +2,13 @@
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from src import ProjectError
+
+WAITS = (0.1, 0.5, 2, 5)  # seconds; virus scanners and synchronized folders hold a file for moments
 
 
 @contextlib.contextmanager
@@ -13,22 +16,39 @@ def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path`, which takes its place when the block ends well.
 
     Raises:
-        ProjectError: if the disk is full or the folder cannot be written; the old file stays.
+        ProjectError: with the system's own reason. The old file stays; where only the last step is
+            refused, the new content stays beside it.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        os.replace(temporary, path)
     except OSError as error:
-        raise ProjectError(
-            f"{path.name} cannot be written in {path.parent.name}/ ({error.strerror or error}): "
-            "free space, or make the folder writable."
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        _remove(temporary)
+        raise ProjectError(f"{path} cannot be written: {error.strerror or error}.") from error
+    except BaseException:
+        _remove(temporary)
+        raise
+    _replace(temporary, path)
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    for wait in (*WAITS, None):
+        try:
+            return os.replace(temporary, path)
+        except OSError as error:
+            if wait is None:
+                raise ProjectError(
+                    f"{path} cannot be replaced ({error.strerror or error}): its new content is "
+                    f"in {temporary.name} beside it; close what holds the old file."
+                ) from error
+            time.sleep(wait)
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, content: bytes | str) -> None:

@@ -2,16 +2,11 @@
 
 It obeys CUDA's rules, so that code which passes on it mixes no devices: an operation takes no
 tensors of the CPU but numbers and indices, no generator of the CPU, and nothing becomes NumPy
-without `.cpu()`. Autocast follows CUDA's lists of operations, read from PyTorch's own header. It
-knows nothing of a real card's memory, speed, or missing kernels.
+without `.cpu()`. It knows nothing of a real card's precision, memory, speed, or missing kernels.
 
 `install` puts it in CUDA's place. PyTorch's hooks for backends written in Python are needed, which
 are experimental: `MISSING` says what this PyTorch lacks.
 """
-
-import re
-from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from torch.utils import backend_registration
@@ -19,18 +14,11 @@ from torch.utils import backend_registration
 from src import device
 
 NAME = "fake"
-HEADER = Path(torch.__file__).parent / "include" / "ATen" / "autocast_mode.h"
 COPIES = {"_to_copy", "copy_"}  # may see both devices
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
 # Operations without a tensor among their arguments that PyTorch cannot build from `empty`.
 FACTORIES = """empty.memory_format empty_strided arange arange.start arange.start_step eye eye.m
     randperm randperm.generator tril_indices triu_indices"""
-POLICIES = {  # by the name of the header's list
-    "LOWER_PRECISION_FP": "lower",
-    "FP32": "float32",
-    "FP32_SET_OPT_DTYPE": "float32",
-    "PROMOTE": "promote",
-}
 
 
 class FakeTensor(torch.Tensor):
@@ -127,49 +115,11 @@ def execute(func, args, kwargs):
         return convert(lambda x: FakeTensor(x) if isinstance(x, torch.Tensor) else x, out)
 
 
-def autocast_policies() -> dict:
-    """What CUDA's autocast does with an operation: "lower", "float32", "promote" or "banned"."""
-    found = {torch.ops.aten.binary_cross_entropy.default: "banned"}
-    lists = re.findall(r"#define AT_FORALL_(\w+)\(_\)\s*\\\n((?:.*\\\n)*.*)", HEADER.read_text())
-    for title, entries in lists:
-        for name, overload in re.findall(r"_\((\w+)(?:, (\w+))?\)", entries):
-            packet = getattr(torch.ops.aten, name, None)
-            if title in POLICIES and hasattr(packet, overload or "default"):
-                found[getattr(packet, overload or "default")] = POLICIES[title]
-    return found
-
-
-def cast_and_execute(func, policy, args, kwargs):
-    """Cast what an operation gets as CUDA's autocast does, then go on to the operation."""
-
-    def eligible(x):
-        return isinstance(x, FakeTensor) and x.is_floating_point() and x.dtype != torch.float64
-
-    if policy == "banned":
-        raise RuntimeError(f"{func} is unsafe to autocast: use the version with logits.")
-    lower = torch.get_autocast_dtype(NAME)
-    leaves = []
-    convert(leaves.append, (args, kwargs))
-    widest = any(x.dtype == torch.float32 for x in leaves if eligible(x))
-    target = torch.float32 if policy == "float32" or policy == "promote" and widest else lower
-    args, kwargs = convert(lambda x: x.to(target) if eligible(x) else x, (args, kwargs))
-    key = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
-    with torch._C._ExcludeDispatchKeyGuard(key):
-        return func(*args, **kwargs)
-
-
-def register() -> list[torch.library.Library]:
-    """Tell PyTorch of the device; the registrations last as long as the libraries are kept."""
+def register() -> torch.library.Library:
+    """Tell PyTorch of the device; the registrations last as long as the library is kept."""
     backend_registration._setup_privateuseone_for_python_backend(NAME)
     getattr(torch, NAME).get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
-    aten, others = torch.library.Library("aten", "IMPL"), torch.library.Library("_", "IMPL")
-    others.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
-    for func, policy in autocast_policies().items():
-
-        def cast(*args, _func=func, _policy=policy, **kwargs):
-            return cast_and_execute(_func, _policy, args, kwargs)
-
-        aten.impl(func, cast, "AutocastPrivateUse1")
+    aten = torch.library.Library("aten", "IMPL")
     for name in FACTORIES.split():
         operation, _, overload = name.partition(".")
         func = getattr(getattr(torch.ops.aten, operation), overload or "default")
@@ -183,29 +133,21 @@ def register() -> list[torch.library.Library]:
         return execute(torch.ops.aten.copy_.default, (target, source), {})
 
     aten.impl("_copy_from", copy, "PrivateUse1")
-    return [aten, others]
+    return aten
 
 
 MISSING = None
 if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
     MISSING = "this PyTorch has no hooks for backends written in Python"
-elif not HEADER.is_file():
-    MISSING = "this PyTorch comes without its headers"
 else:  # now, because the first backward pass of a process fixes which devices there are
-    _libraries = register()
+    _library = register()
 
 
-def install(monkeypatch, capability=(8, 0), gigabytes=16.0) -> torch.device:
-    """Put the fake accelerator in CUDA's place, as a card of a capability and with that memory."""
-    monkeypatch.setattr(device, "GPU", NAME)
-    answers = {
-        "is_available": True,
-        "get_device_name": "Fake accelerator",
-        "get_device_properties": SimpleNamespace(total_memory=gigabytes * 1e9),
-        "get_device_capability": capability,
-        "mem_get_info": (gigabytes * 1e9, gigabytes * 1e9),
-        "synchronize": None,
-    }
-    for name, answer in answers.items():
-        monkeypatch.setattr(torch.cuda, name, lambda *_, _answer=answer: _answer)
-    return torch.device(NAME)
+def install(monkeypatch) -> torch.device:
+    """Put the fake accelerator in the place of a card for profile `gpu`, in float32."""
+    card = torch.device(NAME)
+    monkeypatch.setattr(device, "choose", lambda *_: card)
+    monkeypatch.setattr(device, "autocast_type", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Fake accelerator")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    return card

@@ -1,310 +1,413 @@
-"""Finding a data set, reading image files, and splitting samples."""
+"""Finding, downloading, reading and splitting: what goes wrong with users' folders and networks."""
 
 import errno
+import hashlib
 import io
+import json
+import multiprocessing
 import os
-import socket
+import pickle
+import shutil
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.datasets import CIFAR10
 
-from src import data, datasets, objects, views
-from src.data import DataError, Source
+from src import ProjectError, data, files
 
-SETS = {"cifar10": datasets.CIFAR10, "coco": datasets.COCO, "photos": datasets.PHOTOS}
-
-
-def closed_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+IDS = {"train2017": range(1, 25), "val2017": range(101, 117)}
 
 
-def find(dataset: str, profile: str | None = "cpu", folder: Path | None = None) -> Source:
-    """`find_source` where nothing answers."""
-    return data.find_source(SETS[dataset], profile, folder, mirror=closed_port())
+def jpeg(seed: int, width: int = 80, height: int = 64) -> bytes:
+    buffer = io.BytesIO()
+    noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    Image.fromarray(noise).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def name(number: int) -> str:
+    return f"{number:012d}.jpg"
+
+
+def annotations(split: str) -> dict:
+    """One triangle in each photo of a small sample."""
+    images = [{"id": i, "file_name": name(i), "width": 80, "height": 64} for i in IDS[split]]
+    shape = {"segmentation": [[10, 20, 40, 20, 40, 60]], "bbox": [10, 20, 30, 40]}
+    objects = [{"id": i, "image_id": i, "category_id": 3} | shape for i in IDS[split]]
+    return {"images": images, "annotations": objects, "categories": [{"id": 3, "name": "car"}]}
 
 
 @pytest.fixture(autouse=True)
-def isolated(monkeypatch, tmp_path):
-    """Downloads go to a scratch folder, straight to the servers of the tests."""
-    monkeypatch.setattr(data, "DATA", tmp_path / "project-data")
-    for name in ("http_proxy", "HTTP_PROXY"):
-        monkeypatch.delenv(name, raising=False)
+def small(monkeypatch, tmp_path, mirror):
+    """A sample of 40 photos, a mirror that has them, no waits, and `data/` in a scratch folder."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(files, "WAITS", ())
+    monkeypatch.setattr(data, "WAITS", (0, 0))
+    monkeypatch.setattr(data, "DATA", tmp_path / "data")
+    monkeypatch.setattr(data, "_sample", annotations)
+    monkeypatch.setattr(data, "TOLERATED", 2)
+    monkeypatch.setattr(data, "TOLERATED_OWN", 20)
+    mirror.files |= {f"{split}/{name(i)}": jpeg(i) for split, ids in IDS.items() for i in ids}
 
 
-def write_image(path: Path, width: int = 32, height: int = 32) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (width, height)).save(path)
-    return path
+def write_coco(folder: Path, train="coco/train2017", test="coco/val2017", photos=40) -> Path:
+    """The first photos of the sample, those of training first."""
+    places = [(train, i) for i in IDS["train2017"]] + [(test, i) for i in IDS["val2017"]]
+    for place, i in places[:photos]:
+        (folder / place).mkdir(parents=True, exist_ok=True)
+        (folder / place / name(i)).write_bytes(jpeg(i))
+    return folder
 
 
-# --- finding -------------------------------------------------------------------------------------
-def test_the_user_s_folder_comes_before_data(tmp_path, capsys):
-    user = tmp_path / "user"
-    for folder in (user, data.DATA):
-        write_image(folder / "cifar10/train/airplane/0.png")
-    found = find("cifar10", folder=user)
-    assert (found.name, found.path, found.downloads) == ("HW3_DATA", user, False)
-    (tmp_path / "empty").mkdir()
-    capsys.readouterr()
-    found = find("cifar10", folder=tmp_path / "empty")
-    assert (found.name, found.path, found.downloads) == ("data/", data.DATA, True)
-    assert capsys.readouterr().out.splitlines() == [
-        "CIFAR-10: HW3_DATA holds none",
-        "CIFAR-10: real images from data/",
-    ]
-    assert find("cifar10").name == "data/"
-    assert not find("cifar10", "demo").downloads
+def write_cifar(folder: Path) -> np.ndarray:
+    """Class folders of 3 images each; the images (role, class, number, 32, 32, 3)."""
+    images = np.random.default_rng(0).integers(0, 256, (2, 2, 3, 32, 32, 3), dtype=np.uint8)
+    for r, c, i in np.ndindex(2, 2, 3):
+        place = folder / ("train", "test")[r] / data.CIFAR_CLASSES[c]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(images[r, c, i]).save(place / f"{i}.png")
+    return images
 
 
-@pytest.mark.parametrize("dataset", SETS)
-@pytest.mark.parametrize("profile", [None, "cpu", "gpu"])
-def test_without_network_the_standin_is_taken_and_said_loudly(dataset, profile, capsys):
-    source = find(dataset, profile)
+def find(dataset, folder=None, profile="cpu", mirror=None) -> data.Source:
+    return data.find(dataset, profile, folder, mirror and mirror.url + "/")
+
+
+# --- the order ------------------------------------------------------------------------------------
+def test_order(tmp_path, mirror, capsys):
+    own = write_coco(tmp_path / "own")
+    del mirror.files["train2017/" + name(1)]
+    for dataset in (data.COCO, data.PHOTOS):
+        assert find(dataset, own, "smoke").is_standin
+        assert find(dataset, own).name == "HW3_DATA"
+        assert find(dataset, None, "demo", mirror).is_standin and not mirror.asked
+    assert find(data.COCO, None, "cpu", mirror).name == "download"
     out = capsys.readouterr().out
-    assert source.is_standin and "STAND-IN" in out and "say nothing about the real data" in out
-    assert "cannot be reached" in out
-    assert str(Path.home()) not in out and str(data.DATA) not in out
-    assert not data.DATA.exists()
+    assert "1 images cannot be used, for instance: http" in out and "HTTPError 404" in out
+    assert "STAND-IN images, drawn by this project's own code (always in profile smoke)" in out
+    assert [find(data.PHOTOS, None, profile).name for profile in ("cpu", "demo")] == ["data/"] * 2
 
 
-@pytest.mark.parametrize("dataset", SETS)
-def test_smoke_and_demo_ask_no_server(dataset, mirror, capsys):
-    for profile in ("smoke", "demo"):
-        assert data.find_source(SETS[dataset], profile, mirror=mirror.url).is_standin
-    out = capsys.readouterr().out
-    assert "the smoke profile always takes the stand-in" in out
-    assert "nothing is downloaded for it in the demo profile" in out
-    assert mirror.asked == []
+def test_the_rest_of_an_interrupted_download_is_fetched(mirror):
+    write_coco(data.DATA, photos=30)
+    assert find(data.COCO, None, "demo").is_standin
+    assert find(data.COCO, None, "cpu", mirror).name == "download" and len(mirror.asked) == 10
 
 
-def test_smoke_takes_the_standin_even_where_data_are(tmp_path):
-    write_image(tmp_path / "cifar10/train/airplane/0.png")
-    assert find("cifar10", "smoke", tmp_path).is_standin
-    assert find("cifar10", "demo", tmp_path).name == "HW3_DATA"
+# --- what networks and disks do -------------------------------------------------------------------
+def test_faults_that_pass_cost_no_photo(mirror):
+    faults = ["503"], ["nothing"], ["cut", "nothing"], ["damaged", "429"]
+    mirror.faults.update(zip(list(mirror.files)[3:], faults))
+    assert find(data.COCO, None, "cpu", mirror).name == "download"
+    paths = list(data.DATA.rglob("*.*"))
+    assert len(paths) == 40 and len(mirror.asked) == 46
+    assert all(path.read_bytes() == jpeg(int(path.stem)) for path in paths)
 
 
 @pytest.mark.parametrize(
-    "dataset, name, needed",
+    "fault, cause",
     [
-        ("cifar10", "train/airplane/0.png", "cifar10/{train,test}/<class>"),
-        ("cifar10", "data_batch_1", "cifar-10-batches-py/"),
-        ("cifar10", "cifar-10-batches-bin/data_batch_1.bin", "cifar-10-batches-py/"),
-        ("cifar10", "torch/cifar-10-batches-py/data_batch_1", "cifar-10-batches-py/"),
-        ("cifar10", "cifar/data_batch_1", "cifar-10-batches-py/"),
-        ("cifar10", "CIFAR-10-images/train/airplane/0.png", "cifar10/{train,test}/<class>"),
-        ("cifar10", "pictures/test/airplane/0.png", "cifar10/{train,test}/<class>"),
-        ("coco", "kaggle/coco2017/annotations/instances_val2017.json", "coco/annotations/"),
-        ("coco", "annotations/instances_val2014.json", "instances_{train2017,val2017}.json"),
-        ("coco", "instances_val2017.json", "coco/annotations/instances_{train2017,val2017}"),
-        ("coco", "mscoco/annotations/instances_val2017.json", "coco/annotations/instances_"),
-        ("coco", "annotations_trainval2017.zip", "coco/annotations/instances_"),
-        ("photos", "coco/train2017/1.jpg", "coco/{train2017,val2017}"),
-        ("photos", "ADEChallengeData2016/images/training/1.jpg", "release_test/testing"),
+        ("403", "HTTPError 403: 'Forbidden'"),
+        ("nothing", "RemoteDisconnected"),
+        ("cut", "IncompleteRead"),
+        ("damaged", "UnidentifiedImageError"),
+        ("refused", "Connection refused"),
+        ("full", "cannot be written: No space left on device"),
+        ("no folder", "cannot be written: Not a directory"),
     ],
 )
-def test_a_neighbouring_layout_is_named_with_the_right_one(tmp_path, dataset, name, needed):
-    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-    (tmp_path / name).touch()
-    with pytest.raises(DataError) as caught:
-        find(dataset, folder=tmp_path)
-    message = str(caught.value)
-    assert message.startswith("HW3_DATA holds ") and needed in message and "\n" not in message
-    assert any(part in message for part in (name.split("/")[0], Path(name).name))
+def test_a_failed_download_names_its_cause_and_ends_early(
+    fault, cause, mirror, monkeypatch, capsys
+):
+    """And the run goes on with the stand-in."""
+    mirror.faults[""] = [fault] if fault in ("403", "nothing", "cut", "damaged") else []
+    if fault == "refused":
+        mirror.server_close()
+    if fault == "no folder":
+        data.DATA.write_text("a file where the folder should be")
+    if fault == "full":
+        error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        monkeypatch.setattr(Path, "write_bytes", Mock(side_effect=error))
+    monkeypatch.setattr(data, "ThreadPoolExecutor", lambda n: ThreadPoolExecutor(1))
+    source, out = find(data.PHOTOS, None, "cpu", mirror), capsys.readouterr().out
+    assert source.is_standin and len(data.photos(source, "test", 5)) == 5
+    assert cause in out and len(out.splitlines()) == 3 and len(mirror.asked) <= 9
+    assert not list(data.DATA.rglob("*.*"))
 
 
-def test_a_folder_of_something_else_is_described(tmp_path, capsys):
-    for name in "abcdefgh":
-        (tmp_path / "user" / name).mkdir(parents=True)
-    assert find("coco", "demo", tmp_path / "user").is_standin
-    assert "MS COCO: HW3_DATA holds none, only a, b, c, d, e, f ...\n" in capsys.readouterr().out
+def test_two_programs_fetch_into_one_folder_at_once(mirror, monkeypatch):
+    monkeypatch.setattr(data, "TOLERATED", 0)
+    context, arguments = multiprocessing.get_context("fork"), (data.COCO, None, "cpu", mirror)
+    programs = [context.Process(target=find, args=arguments) for _ in range(2)]
+    for program in programs:
+        program.start()
+    for program in programs:
+        program.join()
+    assert find(data.COCO).name == "data/" and len(list(data.DATA.rglob("*.*"))) == 40
 
 
-@pytest.mark.parametrize("dataset", SETS)
-def test_a_folder_that_cannot_be_read_is_one_line(tmp_path, monkeypatch, dataset):
-    """Also where the tests run as root, who may read everything."""
+@pytest.fixture
+def batches(tmp_path, monkeypatch) -> tuple[Path, np.ndarray]:
+    """CIFAR-10 as torchvision stores it, small, folder and archive, with checksums to fit."""
+    images, parent = write_cifar(tmp_path / "as-images"), tmp_path / "as-batches"
+    (parent / CIFAR10.base_folder).mkdir(parents=True)
 
-    def refuse(path, *arguments, **options):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    def write(name, content):
+        path = parent / CIFAR10.base_folder / name
+        path.write_bytes(pickle.dumps(content))
+        return [name, hashlib.md5(path.read_bytes()).hexdigest()]
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "iterdir", refuse)
-        with pytest.raises(DataError, match="HW3_DATA .*Permission denied") as caught:
-            find(dataset, folder=tmp_path)
-    assert "\n" not in str(caught.value)
+    for r, attribute, name in ((0, "train_list", "data_batch_1"), (1, "test_list", "test_batch")):
+        rows = images[r].reshape(6, 32, 32, 3).transpose(0, 3, 1, 2).reshape(6, 3072)
+        content = {
+            "data": rows[[0, *range(6)]],
+            "labels": [7, 0, 0, 0, 1, 1, 1],
+        }  # 7: a third class
+        monkeypatch.setattr(CIFAR10, attribute, [write(name, content)])
+    name, md5 = write("batches.meta", {"label_names": []})
+    monkeypatch.setattr(CIFAR10, "meta", {"filename": name, "key": "label_names", "md5": md5})
+    with tarfile.open(parent / CIFAR10.filename, "w:gz") as archive:
+        archive.add(parent / CIFAR10.base_folder, CIFAR10.base_folder)
+    content = (parent / CIFAR10.filename).read_bytes()
+    monkeypatch.setattr(data, "CIFAR_MD5", hashlib.md5(content).hexdigest())
+    return parent, images
 
 
-def test_describe_and_repr_show_counts_but_no_folder(tmp_path):
-    source = Source("CIFAR-10", "HW3_DATA", tmp_path, counts="6 train, 6 test", mirror="http://x")
-    assert source.describe() == "CIFAR-10: real images from HW3_DATA (6 train, 6 test)"
-    assert str(tmp_path) not in repr(source) and "http" not in repr(source)
+def test_cifar_comes_over_the_network_once(batches, mirror, capsys):
+    mirror.files["~kriz/cifar-10-python.tar.gz"] = (batches[0] / CIFAR10.filename).read_bytes()
+    mirror.faults[""] = ["damaged"]
+    assert find(data.CIFAR10, None, "cpu", mirror).is_standin
+    assert "wrong checksum" in capsys.readouterr().out and not data.DATA.exists()
+    mirror.faults.clear()
+    for name in ("download", "data/"):
+        source = find(data.CIFAR10, None, "cpu", mirror)
+        assert source.name == name and len(data.cifar10(source)["train"][0]) == 6
+    assert len(mirror.asked) == 4 and len(os.listdir(data.DATA)) == 1
 
 
-# --- reading images ------------------------------------------------------------------------------
-@pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("kind", ["jpg", "png"])
-def test_images_are_upright(tmp_path, orientation, kind):
-    upright = np.zeros((40, 24, 3), np.uint8)
-    upright[:20, :12] = 255  # white at the top left
-    stored = {
-        1: upright,
-        2: upright[:, ::-1],
-        3: upright[::-1, ::-1],
-        4: upright[::-1],
-        5: upright.transpose(1, 0, 2),
-        6: upright.transpose(1, 0, 2)[::-1],
-        7: upright.transpose(1, 0, 2)[::-1, ::-1],
-        8: upright.transpose(1, 0, 2)[:, ::-1],
-    }[orientation]
+# --- layouts --------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "train, test",
+    [
+        ("coco/train2017", "coco/val2017"),
+        ("train2017", "val2017"),
+        ("images/train2017", "images/val2017"),  # YOLO
+        ("train/data", "validation/data"),  # FiftyOne
+        ("some-set/coco/images/train", "some-set/coco/images/test"),  # Kaggle
+    ],
+)
+def test_coco_is_known_by_its_names_wherever_it_lies(train, test, tmp_path):
+    source = find(data.COCO, write_coco(tmp_path, train, test))
+    for split, place in (("train2017", train), ("val2017", test)):
+        coco, paths = data.coco(source, split)
+        assert paths == {i: tmp_path / place / name(i) for i in IDS[split]}
+        assert {coco.annToMask(annotation).shape for annotation in coco.anns.values()} == {(64, 80)}
+    write_coco(tmp_path, "photos", photos=1)  # a photo that is there twice
+    (tmp_path / "photos" / name(300)).write_bytes(jpeg(0))
+    source = find(data.PHOTOS, tmp_path)
+    for role, numbers in (("train", (*IDS["train2017"], 300)), ("test", IDS["val2017"])):
+        paths = data.photos(source, role, 99)
+        assert sorted(path.name for path in paths) == [name(i) for i in numbers]
+
+
+def test_ade20k(tmp_path):
+    base = tmp_path / "sets/ADEChallengeData2016/images"
+    places = base / "training", base / "validation", tmp_path / "release_test/testing"
+    for i, place in enumerate(places):
+        place.mkdir(parents=True)
+        (place / f"ADE_{i}.jpg").write_bytes(jpeg(i))
+    source = find(data.PHOTOS, tmp_path)
+    assert [path.name for path in data.photos(source, "train", 9)] == ["ADE_0.jpg", "ADE_1.jpg"]
+    assert [path.name for path in data.photos(source, "test", 9)] == ["ADE_2.jpg"]
+    assert find(data.COCO, tmp_path, "demo").is_standin  # another data set is no error
+
+
+def test_annotations_of_ones_own_are_used_up_to_a_limit(tmp_path):
+    write_coco(tmp_path, photos=4)
+    (tmp_path / name(101)).write_bytes(jpeg(0))
+    for split in IDS:
+        content = annotations(split) | {"images": annotations(split)["images"][:8]}
+        (tmp_path / f"instances_{split}.json").write_text(json.dumps(content))
+    source = find(data.COCO, tmp_path)
+    assert list(data.coco(source, "train2017")[1]) == [1, 2, 3, 4]
+    assert list(data.coco(source, "train2017", limit=3)[1]) == [1, 2, 3]
+    with pytest.raises(ProjectError, match=f"1 of 8 photos of val2017 are in {tmp_path}"):
+        data.coco(source, "val2017")
+    (tmp_path / "instances_val2017.json").write_text("{")
+    with pytest.raises(ProjectError, match="instances_val2017.json cannot be read: JSONDecodeErr"):
+        data.coco(source, "val2017")
+
+
+@pytest.mark.parametrize("dataset", [data.CIFAR10, data.COCO, data.PHOTOS])
+@pytest.mark.parametrize("name", ["0.jpg", "Holiday/My Photos/a.PNG", "train2017.zip"])
+def test_pictures_in_no_known_layout_end_the_run(dataset, name, tmp_path, mirror):
+    (tmp_path / "own" / name).parent.mkdir(parents=True)
+    (tmp_path / "own" / name).write_bytes(jpeg(0))
+    message = rf"HW3_DATA holds 1 .*own/{name}, but not {dataset}.*data/README.md"
+    with pytest.raises(ProjectError, match=message) as error:
+        find(dataset, tmp_path / "own", mirror=mirror)
+    assert "\n" not in str(error.value) and not mirror.asked
+
+
+def test_part_of_the_sample(tmp_path):
+    with pytest.raises(ProjectError, match="10 files have names that are read, 30 photos are miss"):
+        find(data.COCO, write_coco(tmp_path / "few", photos=10))
+    assert find(data.COCO, write_coco(tmp_path / "most", photos=34)).name == "HW3_DATA"
+
+
+def test_folders_with_another_data_set_or_without_pictures_are_passed_over(tmp_path, capsys):
+    write_cifar(tmp_path / "own" / "cifar10")
+    (tmp_path / "empty" / ".git").mkdir(parents=True)
+    (tmp_path / "empty" / ".git" / "x.jpg").write_bytes(jpeg(0))
+    for folder, text in (("own", "only another data set"), ("empty", "no pictures")):
+        assert find(data.COCO, tmp_path / folder, "demo").is_standin
+        assert f"HW3_DATA holds {text}" in capsys.readouterr().out
+
+
+# --- CIFAR-10 -------------------------------------------------------------------------------------
+def test_all_layouts_of_cifar_give_the_same_tensors(batches, tmp_path):
+    parent, images = batches
+    for name in (CIFAR10.base_folder, CIFAR10.filename):
+        (tmp_path / name / "cifar10").mkdir(parents=True)
+        shutil.move(parent / name, tmp_path / name / "cifar10" / name)
+    for name in ("as-images", CIFAR10.base_folder, CIFAR10.filename):
+        source = find(data.CIFAR10, tmp_path / name)
+        for wanted, (pixels, labels) in zip(images, data.cifar10(source).values()):
+            wanted = wanted.reshape(6, 32, 32, 3).transpose(0, 3, 1, 2)
+            np.testing.assert_array_equal(pixels, wanted)
+            assert pixels.dtype == torch.uint8 and labels.dtype == torch.int64
+            assert labels.tolist() == [0] * 3 + [1] * 3
+        assert data.cifar10(source, limit=2)["test"][1].tolist() == [0, 0, 1, 1]
+    assert len(os.listdir(tmp_path / CIFAR10.filename / "cifar10")) == 1  # unpacked elsewhere
+
+
+def test_a_damaged_archive_or_batch_is_named(batches):
+    parent, _ = batches
+    source = find(data.CIFAR10, parent)
+    (parent / CIFAR10.base_folder / "test_batch").write_bytes(b"no pickle")
+    with pytest.raises(ProjectError, match="data_batch_1 cannot be read: .*not found or corrupted"):
+        data.cifar10(source)
+    shutil.rmtree(parent / CIFAR10.base_folder)
+    (parent / CIFAR10.filename).write_bytes(b"half of it")
+    with pytest.raises(ProjectError, match="tar.gz cannot be read: .*wrong checksum of 10 bytes"):
+        data.cifar10(find(data.CIFAR10, parent))
+
+
+def test_one_bad_picture_among_many_is_left_out_and_counted(tmp_path, capsys):
+    write_cifar(tmp_path)
+    place, source = tmp_path / "train" / "airplane", find(data.CIFAR10, tmp_path)
+    (place / "0.png").write_bytes((place / "1.png").read_bytes()[:60])
+    Image.new("RGB", (32, 31)).save(place / "1.png")
+    assert data.cifar10(source)["train"][1].tolist() == [0, 1, 1, 1]
+    assert "CIFAR-10, train: 2 images cannot be used, for instance:" in capsys.readouterr().out
+    (place / "2.png").unlink()
+    with pytest.raises(ProjectError, match="a class has no train image"):
+        data.cifar10(source)
+
+
+# --- photos and images ----------------------------------------------------------------------------
+def test_photos_are_drawn_at_random_and_only_as_many_are_opened(tmp_path, monkeypatch, capsys):
+    source = find(data.PHOTOS, write_coco(tmp_path, "train2017"))
+    (tmp_path / "train2017" / name(3)).write_text("no photo")
+    (tmp_path / "train2017" / name(4)).write_bytes(jpeg(0, 200, 63))
+    assert len(data.photos(source, "train", 99)) == 22
+    assert "photos, train: 2 images cannot be used" in capsys.readouterr().out
+    monkeypatch.setattr(Image, "open", opened := Mock(side_effect=Image.open))
+    few = data.photos(source, "test", 5)
+    assert few == data.photos(source, "test", 5) == sorted(few) and opened.call_count == 10
+    assert few != data.photos(source, "test", 5, seed=1)
+    with pytest.raises(ProjectError, match="photos, test: no image can be used"):
+        data.photos(source, "test", 5, least_side=65)
+
+
+@pytest.mark.parametrize("orientation, turns", [(1, 0), (3, 2), (6, 1), (8, 3)])
+def test_photos_stand_upright(tmp_path, orientation, turns):
+    upright = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
     exif = Image.Exif()
     exif[0x0112] = orientation
-    Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / f"a.{kind}", exif=exif)
-    image = data.read_image(tmp_path / f"a.{kind}")
-    assert (image.mode, image.size) == ("RGB", (24, 40))
-    assert np.abs(np.asarray(image, int) - upright).max() < 30
+    stored = np.ascontiguousarray(np.rot90(upright, turns))
+    Image.fromarray(stored).save(tmp_path / "a.png", exif=exif)
+    np.testing.assert_array_equal(data.read_image(tmp_path / "a.png"), upright)
 
 
 def test_sixteen_bits_keep_their_range(tmp_path):
-    ramp = np.linspace(0, 65535, 256).astype(np.uint16)[None].repeat(4, axis=0)
-    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    Image.fromarray(np.arange(0, 65536, 257, np.uint16)[None]).save(tmp_path / "deep.png")
     image = np.asarray(data.read_image(tmp_path / "deep.png"))
-    assert image.shape == (4, 256, 3)
-    np.testing.assert_array_equal(image[0, :, 0], np.arange(256))
+    np.testing.assert_array_equal(image, np.arange(256)[None, :, None].repeat(3, axis=2))
 
 
-def test_every_reader_keeps_the_range_of_sixteen_bits(tmp_path):
-    """Clipped at 255, this picture would be all white."""
-    pixels = np.linspace(2000, 60000, 32 * 32).astype(np.uint16).reshape(32, 32)
-    wanted = (pixels / 257).round()
-    for name in ("cifar10/train/airplane", "cifar10/test/airplane"):
-        (tmp_path / name).mkdir(parents=True)
-        Image.fromarray(pixels).save(tmp_path / name / "a.png")
-    path = tmp_path / "cifar10/train/airplane/a.png"
-    with Image.open(path) as image:
-        squares = [data.central_square(x, 32)[0][0, 0].numpy() * 255 for x in (path, image)]
-    cifar = datasets.load_cifar10(Source("CIFAR-10", "HW3_DATA", tmp_path), ("airplane",))
-    canvases, _ = views.make_canvases([path], side=32)
-    read = {
-        "read_image": np.asarray(data.read_image(path))[..., 0],
-        "of a path": squares[0],
-        "of an image": squares[1],
-        "CIFAR-10": cifar.test_images[0, 0].numpy(),
-        "COCO": objects.read_photo(path, {"width": 32, "height": 32})[..., 0],
-        "canvases": canvases[0, 0, 1::3, 1::3].numpy(),
-    }
-    for reader, values in read.items():
-        assert np.abs(values - wanted).max() < (3 if reader == "canvases" else 1e-3), reader
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "RGB"])
-def test_transparent_parts_are_white_whatever_colour_they_hide(tmp_path, mode):
-    if mode in ("RGBA", "LA"):
-        image = Image.new(mode, (2, 1), (90, 90, 90, 0) if mode == "RGBA" else (90, 0))
-        image.putpixel((1, 0), (0, 0, 0, 255) if mode == "RGBA" else (0, 255))
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L"])
+def test_transparent_parts_are_white_whatever_color_they_hide(tmp_path, mode):
+    image = Image.fromarray(np.array([[90, 0]], np.uint8)).convert(mode)
+    if mode[-1] == "A":
+        image.putalpha(Image.fromarray(np.array([[0, 255]], np.uint8)))
         image.save(tmp_path / "a.png")
     else:
-        image = Image.fromarray(np.array([[[90] * 3, [0] * 3]], np.uint8)).convert(mode)
-        hidden = image.getpixel((0, 0))
-        image.save(tmp_path / "a.png", transparency=hidden)
-    read = np.asarray(data.read_image(tmp_path / "a.png"))
-    np.testing.assert_array_equal(read, [[[255] * 3, [0] * 3]])
+        image.save(tmp_path / "a.png", transparency=image.getpixel((0, 0)))
+    np.testing.assert_array_equal(data.read_image(tmp_path / "a.png"), [[[255] * 3, [0] * 3]])
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr"])
-def test_other_kinds_of_images_become_rgb(tmp_path, mode):
-    name = tmp_path / ("a.jpg" if mode in ("CMYK", "YCbCr") else "a.png")
-    Image.new("RGB", (5, 4), "white").convert(mode).save(name)
-    image = data.read_image(name)
+def test_cmyk_becomes_rgb(tmp_path):
+    Image.new("CMYK", (5, 4)).save(tmp_path / "a.jpg")
+    image = data.read_image(tmp_path / "a.jpg")
     assert (image.mode, image.size) == ("RGB", (5, 4)) and np.asarray(image).min() > 250
 
 
-def test_what_is_no_image_is_named_in_one_line(tmp_path):
-    buffer = io.BytesIO()
-    Image.effect_noise((50, 50), 64).save(buffer, "PNG")
-    for name, content in (
-        ("half.png", buffer.getvalue()[:900]),
-        ("text.png", b"no image"),
-        ("empty.png", b""),
-    ):
-        (tmp_path / name).write_bytes(content)
-    (tmp_path / "folder.png").mkdir()
-    for name in ("half.png", "text.png", "empty.png", "folder.png", "nowhere.png"):
-        with pytest.raises(DataError, match=rf"cannot read the image .*{name}") as caught:
-            data.read_image(tmp_path / name)
-        assert "\n" not in str(caught.value)
+@pytest.mark.parametrize("content", [b"", b"no image", jpeg(0)[:900], None])
+def test_what_is_no_image_is_named_in_one_line(tmp_path, content):
+    if content is not None:
+        (tmp_path / "a.jpg").write_bytes(content)
+    with pytest.raises(ProjectError, match=r"a\.jpg cannot be read: \w+") as error:
+        data.read_image(tmp_path / "a.jpg")
+    assert "\n" not in str(error.value)
 
 
-def test_standin_where_data_cannot_be_written(monkeypatch):
-    data.DATA.write_text("a file where the folder should be")
-
-    def draw(folder: Path) -> None:
-        write_image(folder / "1.jpg")
-
-    folder = data.standin_folder("photos", draw)
-    assert os.listdir(folder) == ["1.jpg"] and data.DATA not in folder.parents
-    assert data.standin_folder("photos", draw) == folder
-
-
-# --- splits --------------------------------------------------------------------------------------
-def test_split_is_disjoint_stratified_and_deterministic():
-    labels = torch.tensor([0] * 70 + [1] * 30)[
-        torch.randperm(100, generator=torch.Generator().manual_seed(0))
-    ]
-    train, val = data.train_val_split(labels, 0.2, seed=3)
-    assert sorted(train.tolist() + val.tolist()) == list(range(100))
-    assert labels[val].bincount().tolist() == [14, 6]
-    again = data.train_val_split(labels, 0.2, seed=3)
-    assert torch.equal(train, again[0]) and torch.equal(val, again[1]) and val.dtype == torch.int64
-    assert not torch.equal(val, data.train_val_split(labels, 0.2, seed=4)[1])
-    assert train.tolist() == sorted(train.tolist()) and val.tolist() == sorted(val.tolist())
+# --- splits ---------------------------------------------------------------------------------------
+def test_groups_stay_whole_and_classes_keep_their_share():
+    groups = np.random.default_rng(0).integers(0, 200, 2000)
+    labels = (groups < 60).astype(int) + (groups == 199)  # of the last class there is one photo
+    names = [f"{i}.jpg" for i in groups]
+    train, val = data.split(names, 0.2, 3, labels)
+    assert (
+        sorted([*train.tolist(), *val.tolist()]) == list(range(2000)) and val.dtype == torch.int64
+    )
+    assert not set(groups[train]) & set(groups[val])
+    counts = [len(set(groups[val][labels[val] == label])) for label in range(3)]
+    assert counts == [28, 12, 0]
+    assert torch.equal(val, data.split(names, 0.2, 3, labels)[1])
+    assert not torch.equal(val, data.split(names, 0.2, 4, labels)[1])
 
 
-@pytest.mark.parametrize("make", [lambda i: int(i), lambda i: f"photo-{i}.jpg"])
-def test_groups_stay_together(make):
-    groups = [make(i) for i in np.random.default_rng(0).integers(0, 20, 200)]
-    train, val = data.split_groups(groups, 0.25, seed=1)
-    assert sorted(train.tolist() + val.tolist()) == list(range(200))
-    assert not {groups[i] for i in train} & {groups[i] for i in val}
-    assert len({groups[i] for i in val}) == 5
-    assert torch.equal(val, data.split_groups(groups, 0.25, seed=1)[1])
-    assert not torch.equal(val, data.split_groups(groups, 0.25, seed=2)[1])
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
+def test_no_part_of_a_split_is_empty(share):
+    train, val = data.split(["a", "b", "b"], share, 0)
+    assert len(train) + len(val) == 3 and len(train) and len(val)
+    for too_few in ([], ["a", "a"]):
+        with pytest.raises(ProjectError, match="cannot be split in two"):
+            data.split(too_few, share, 0)
 
 
-@pytest.mark.parametrize("fraction", [0, 1, -0.1, 1.5])
-def test_split_needs_a_proper_share(fraction):
-    with pytest.raises(DataError, match="cannot set a validation share"):
-        data.train_val_split([0] * 10, fraction, seed=0)
-
-
-def test_split_needs_two_of_each_class():
-    with pytest.raises(DataError, match="from 1 items"):
-        data.train_val_split([0, 0, 0, 1], 0.5, seed=0)
-
-
-# --- squares -------------------------------------------------------------------------------------
-def test_central_square_of_a_file_and_of_an_image_agree(tmp_path):
-    pixels = np.zeros((60, 100, 3), np.uint8)
-    pixels[:, 20:80] = 255
-    Image.fromarray(pixels).save(tmp_path / "a.png")
-    square, short = data.central_square(tmp_path / "a.png", 32)
-    assert short == 60 and square.shape == (1, 3, 32, 32) and square.min() > 0.9
-    with Image.open(tmp_path / "a.png") as image:
-        assert torch.equal(data.central_square(image, 32)[0], square)
-
-
-def test_central_square_refuses_in_one_line(tmp_path):
-    Image.effect_noise((50, 50), 64).save(tmp_path / "a.png")
-    (tmp_path / "half.png").write_bytes((tmp_path / "a.png").read_bytes()[:900])
-    with Image.open(tmp_path / "half.png") as half:
-        for image, message in (
-            (half, r"cannot read the image .*half\.png"),
-            (tmp_path / "half.png", r"cannot read the image .*half\.png"),
-            (Image.new("RGB", (100, 9)), "The image is 100x9 pixels; at least 16x16 are needed"),
-            (None, "Give a Pillow image or a file name, not NoneType"),
-        ):
-            with pytest.raises(DataError, match=message):
-                data.central_square(image, 32)
+# --- the real images ------------------------------------------------------------------------------
+def test_the_real_images(real_data, monkeypatch, tmp_path):
+    monkeypatch.undo()
+    for split in IDS:
+        (tmp_path / split).symlink_to(real_data / "coco" / split)
+    for split in IDS:  # without annotations beside the photos, those of this project are used
+        coco, paths = data.coco(find(data.COCO, tmp_path), split)
+        official, _ = data.coco(find(data.COCO, real_data), split)
+        assert coco.anns.keys() == official.anns.keys()
+        for i in list(coco.anns)[::7]:
+            mask, wanted = coco.annToMask(coco.anns[i]), official.annToMask(official.anns[i])
+            assert mask.shape == Image.open(paths[coco.anns[i]["image_id"]]).size[::-1]
+            assert (mask != wanted).sum() <= 0.01 * wanted.sum() + 2
+    source = find(data.PHOTOS, real_data)
+    names = [{path.name for path in data.photos(source, role, None)} for role in ("train", "test")]
+    assert [len(n) for n in names] == [343 + 198, 206] and not names[0] & names[1]
+    tensors = data.cifar10(find(data.CIFAR10, real_data), limit=100)
+    assert tensors["test"][0].shape == (200, 3, 32, 32)

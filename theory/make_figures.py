@@ -1,14 +1,11 @@
-"""Draw the figures of the theory answers: python -m theory.make_figures [--measure] [folder].
+"""Draw the figures of the theory answers: python -m theory.make_figures [folder].
 
 Every figure is 5.2 inches wide and its text at least 10.5 points, so that on a screen of 390 pixels
-no letter is smaller than 9 pixels.
+no letter is smaller than 9 pixels. What is measured (figures T3 and T6) is measured while drawing.
 """
 
 import argparse
 import io
-import sys
-import tempfile
-import time
 from pathlib import Path
 
 import matplotlib
@@ -19,28 +16,27 @@ import numpy as np
 import torch
 from matplotlib.lines import Line2D
 from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Rectangle
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
-from src import ROOT, ProjectError, standin
-from src.accounting import summary, walk
-from src.data import read_image
-from src.device import Runtime
+from src import ROOT, standin, stats
 from src.files import write_whole
-from src.plotting import COLOURS
-from src.results import load_results, mean, save_results
+from src.show import COLORS
+from theory.fields import walk
 
-BLUE, ORANGE, GREEN = COLOURS[:3]
-GREY, DARK, INK = "#B8BEC6", "#5B6470", "#1F2430"
+BLUE, ORANGE, GREEN = COLORS[:3]
+GRAY, DARK, INK = "#B8BEC6", "#5B6470", "#1F2430"
 WIDTH = 5.2  # inches
-DEPTH, SEEDS, FIELD_SEEDS = 20, range(8), range(100)
+LAYERS = [(5, 1, 2), (2, 2)] * 3  # kernel, stride and padding in question 2's network
+DEPTH, CHANNELS, GROWTH = 20, 24, 8  # of the stacks of 3.3b
+SEEDS, FIELD_SEEDS = range(8), range(100)
 STYLE = {
     "svg.hashsalt": "theory",
     "svg.fonttype": "path",
-    **dict.fromkeys(("font.size", "axes.titlesize"), 10.5),
-    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor"), INK),
-    **dict.fromkeys(("xtick.color", "ytick.color"), INK),
+    "font.size": 10.5,
+    "axes.titlesize": 10.5,
 }
+STYLE |= {f"{part}color": INK for part in ("text.", "axes.edge", "axes.label", "xtick.", "ytick.")}
 BAR = [2 if u == 0 else -1 for v in (-1, 0, 1) for u in (-1, 0, 1)]  # the filter of 4.3, by rows
 TAPS = np.array([(u, v) for v in (-1, 0, 1) for u in (-1, 0, 1)])  # x before y
 
@@ -59,20 +55,30 @@ def ground(fig) -> None:
     """Lay white with round corners below, so that the figure reads on a dark page as well."""
     fig.patch.set_alpha(0)
     width, height = fig.get_size_inches() - 0.1
-    style = dict(boxstyle="round,pad=0,rounding_size=0.1", fc="white", ec=GREY, lw=0.8, zorder=-10)
-    shape = FancyBboxPatch((0.05, 0.05), width, height, transform=fig.dpi_scale_trans, **style)
+    shape = FancyBboxPatch((0.05, 0.05), width, height, "round,pad=0,rounding_size=0.1")
+    shape.set(fc="white", ec=GRAY, lw=0.8, zorder=-10, transform=fig.dpi_scale_trans)
     fig.add_artist(shape)
 
 
-def arrow(ax, start, end, colour=INK, bend: float = 0) -> None:
-    style = dict(arrowstyle="-|>", mutation_scale=9, lw=1.2, shrinkA=0, shrinkB=0)
+def arrow(ax, start, end, color=INK, bend: float = 0) -> None:
+    style = {"arrowstyle": "-|>", "mutation_scale": 9, "lw": 1.2, "shrinkA": 0, "shrinkB": 0}
     curve = f"arc3,rad={bend}"
-    ax.add_patch(FancyArrowPatch(start, end, color=colour, connectionstyle=curve, **style))
+    ax.add_patch(FancyArrowPatch(start, end, color=color, connectionstyle=curve, **style))
 
 
-def box(ax, x, y, width, height, label="", edge=INK, face="white", **text) -> None:
+def block(ax, x, y, width, height, face="white", edge=INK, lw=0.8, **style) -> None:
+    ax.add_patch(Rectangle((x, y), width, height, fc=face, ec=edge, lw=lw, **style))
+
+
+def pile(ax, x, y, faces, edge=INK) -> None:
+    """Draw maps of channels one behind the other."""
+    for i, face in enumerate(faces):
+        block(ax, x + 0.7 * i, y + 0.7 * i, 7, 7, face, edge, lw=1)
+
+
+def box(ax, x, y, width, height, label="", edge=INK, **text) -> None:
     shape = "round,pad=0,rounding_size=0.6"
-    ax.add_patch(FancyBboxPatch((x, y), width, height, boxstyle=shape, fc=face, ec=edge, lw=1.4))
+    ax.add_patch(FancyBboxPatch((x, y), width, height, boxstyle=shape, fc="white", ec=edge, lw=1.4))
     middle(ax, x + width / 2, y + height / 2, label, **text)
 
 
@@ -89,25 +95,20 @@ def equivalence():
     middle(ax, 17, 37.6, f"matrix: {classes} rows of {side * side} weights")
     middle(ax, 37, 37.6, "image")
     middle(ax, 46.5, 37.6, "scores")
-    for k in range(classes):
-        y = 33.2 - 2.7 * k
-        ax.add_patch(Rectangle((3, y), 28, 2.1, fc=shades[k], ec=INK, lw=0.7))
-        for x in range(1, side):
-            ax.plot([3 + 2.8 * x] * 2, [y, y + 2.1], color="white", lw=0.7)
-        middle(ax, 46.5, y + 1.05, f"class {k + 1}")
-    ax.add_patch(Rectangle((36, 22.4), 2, 12.9, fc=GREY, ec=INK, lw=0.7))
-    for i in range(1, side):
-        ax.plot([36, 38], [22.4 + 1.29 * i] * 2, color="white", lw=0.7)
+    block(ax, 36, 22.4, 2, 12.9, GRAY, lw=0.7)
+    ax.hlines(22.4 + 1.29 * np.arange(1, side), 36, 38, color="white", lw=0.7)
     middle(ax, 33.5, 28.9, "·", weight="bold", fontsize=16)
     middle(ax, 40.3, 28.9, "=", weight="bold")
     middle(ax, 26, 19.6, "row $k$ = filter $k$, written row by row", color=BLUE, weight="bold")
     middle(ax, 26, 16.4, "convolution", weight="bold")
     middle(ax, 26, 13.6, f"{classes} filters of {side} × {side} weights, one position each")
     for k in range(classes):
-        x = 4.2 + 9.4 * k
-        ax.add_patch(Rectangle((x, 5.4), 6, 6, fc=shades[k], ec=INK, lw=0.7))
-        for i in range(1, side):
-            ax.plot([x, x + 6], [5.4 + 0.6 * i] * 2, color="white", lw=0.5)
+        x, y = 4.2 + 9.4 * k, 33.2 - 2.7 * k
+        block(ax, 3, y, 28, 2.1, shades[k], lw=0.7)
+        ax.vlines(3 + 2.8 * np.arange(1, side), y, y + 2.1, color="white", lw=0.7)
+        middle(ax, 46.5, y + 1.05, f"class {k + 1}")
+        block(ax, x, 5.4, 6, 6, shades[k], lw=0.7)
+        ax.hlines(5.4 + 0.6 * np.arange(1, side), x, x + 6, color="white", lw=0.5)
         arrow(ax, (x + 3, 5.1), (x + 3, 3.3))
         middle(ax, x + 3, 2.1, f"class {k + 1}")
     return fig
@@ -116,25 +117,23 @@ def equivalence():
 def receptive_field():
     """Question 2: the field of a neuron, layer by layer, with its neighbour's one jump further."""
     names = [f"{part} {layer}" for layer in (1, 2, 3) for part in ("convolution", "max pooling")]
-    steps = walk([(5, 1, 2), (2, 2)] * 3, 128)
+    steps = walk(LAYERS, 128)
     fig, ax = plt.subplots(figsize=(WIDTH, 3.3))
     ground(fig)
-    for y, (name, (_, axis)) in enumerate(zip(names, steps)):
-        index = round((64 - axis.start) / axis.jump)
-        for shift, colour in ((1, GREY), (0, ORANGE if "pool" in name else BLUE)):
-            first, last = axis.span(index + shift)
-            corner = (first - 64, y - 0.34 + 0.2 * shift)
-            style = dict(fc=colour, ec="white", lw=0.8, zorder=3 - shift)
-            ax.add_patch(Rectangle(corner, last - first + 1, 0.52, **style))
-        first, last = axis.span(index)
-        centre = (first + last + 1) / 2 - 64
-        if axis.size > 5:
-            middle(ax, centre, y - 0.09, f"{axis.size:g}", color="white", weight="bold", zorder=4)
+    for y, (name, (_, field)) in enumerate(zip(names, steps)):
+        index = round((64 - field.start) / field.jump)
+        for shift, color in ((1, GRAY), (0, ORANGE if "pool" in name else BLUE)):
+            first, _ = field.span(index + shift)
+            place = first - 64, y - 0.34 + 0.2 * shift
+            block(ax, *place, field.size, 0.52, color, "white", zorder=3 - shift)
+        if field.size > 5:
+            center = first - 64 + field.size / 2
+            middle(ax, center, y - 0.09, field.size, color="white", weight="bold", zorder=4)
         else:
-            ax.text(first - 65, y - 0.09, f"{axis.size:g}", ha="right", va="center", weight="bold")
-        ax.text(33, y, f"jump {axis.jump:g}", ha="left", va="center")
+            ax.text(first - 65, y - 0.09, field.size, ha="right", va="center", weight="bold")
+        ax.text(33, y, f"jump {field.jump}", ha="left", va="center")
     ax.set(xlim=(-21, 45), ylim=(len(steps) - 0.4, -0.6), xticks=range(-20, 31, 10))
-    ax.set(yticks=range(len(steps)), yticklabels=names)
+    ax.set_yticks(range(len(steps)), names)
     ax.set_xlabel("input pixels from the image's middle")
     ax.spines[["top", "right", "left"]].set_visible(False)
     ax.tick_params(axis="y", length=0)
@@ -142,65 +141,55 @@ def receptive_field():
     return fig
 
 
-def photo() -> np.ndarray:
-    """Draw a photo of 128 × 128 pixels, (128, 128, 3)."""
-    with tempfile.TemporaryDirectory() as folder:
-        standin.write_photos(Path(folder) / "photos", 1, 128, seed=3)
-        return np.array(read_image(next(Path(folder).rglob("*.jpg"))))
+def field_gradients(image: np.ndarray, neurons: list[int]) -> np.ndarray:
+    """Measure the mean size of the gradients of outputs (n, n) of question 2's network.
 
-
-def field_gradients(image: np.ndarray, neurons: list[int], seeds=FIELD_SEEDS) -> list[np.ndarray]:
-    """Measure the mean size of the gradients of outputs (n, n) of question 2's network."""
+    The image is (H, W, 3) uint8; the means over networks and colors are (len(neurons), H, W).
+    """
     x = torch.tensor(image / 255 - 0.5, dtype=torch.float32).permute(2, 0, 1)[None]
     x.requires_grad_()
-    sums = [np.zeros(image.shape[:2]) for _ in neurons]
-    for seed in seeds:
+    total = np.zeros((len(neurons), *image.shape[:2]))
+    for seed in FIELD_SEEDS:
         torch.manual_seed(seed)
         layers = []
         for channels in (3, 16, 16):
             layers += [nn.Conv2d(channels, 16, 5, padding=2), nn.MaxPool2d(2), nn.ReLU()]
-        y = nn.Sequential(*layers[:-1])(x)
-        for total, n in zip(sums, neurons):
+        y = nn.Sequential(*layers[:-1])(x)  # the last ReLU would hide half of the gradients
+        for i, n in enumerate(neurons):
             (gradient,) = torch.autograd.grad(y[0, 0, n, n], x, retain_graph=True)
-            total += gradient[0].abs().mean(0).numpy()
-    return [total / len(seeds) for total in sums]
+            total[i] += gradient[0].abs().mean(0).numpy()
+    return total / len(FIELD_SEEDS)
 
 
 def field_on_photo():
     """Question 2: the field of a middle and of the first neuron, and what of it counts."""
-    (_, axis), neurons = walk([(5, 1, 2), (2, 2)] * 3, 128)[-1], [8, 0]
-    image = photo()
-    gradients = field_gradients(image, neurons)
-    shade = sum(gradient / gradient.max() for gradient in gradients)
+    (_, field), neurons = walk(LAYERS, 128)[-1], [8, 0]
+    image = np.array(standin.draw_scene(38)[0].crop((86, 0, 214, 128)))  # one of its airplanes
+    shade = sum(gradient / gradient.max() for gradient in field_gradients(image, neurons))
     fig, axes = plt.subplots(1, 2, figsize=(WIDTH, 2.95), sharey=True)
     ground(fig)
     axes[0].imshow(image)
     axes[1].imshow(shade, cmap="cividis", vmin=0, vmax=1)
     for ax, title in zip(axes, ("theoretical field", "measured gradient")):
         for n in neurons:
-            first, last = axis.span(n)
-            corner, side = (first - 0.5, first - 0.5), last - first + 1
-            edge = INK if n == 0 else ORANGE
-            for lw, line in ((2.6, "white"), (1.5, edge)):
-                style = dict(fc="none", ec=line, lw=lw, clip_on=False)
-                ax.add_patch(Rectangle(corner, side, side, **style))
+            corner = field.span(n)[0] - 0.5
+            for lw, edge in ((2.6, "white"), (1.5, INK if n == 0 else ORANGE)):
+                square = (corner, corner, field.size, field.size)
+                block(ax, *square, "none", edge, lw, clip_on=False)
         ax.set(title=title, xlabel="x (pixels)", xticks=(0, 64, 127), yticks=(0, 64, 127))
         ax.set(xlim=(-16, 129), ylim=(129, -16))
         ax.spines[:].set_visible(False)
     axes[0].set_ylabel("y (pixels)")
-    first, last = axis.span(neurons[0])
-    style = dict(ha="right", va="bottom", weight="bold", bbox=dict(fc="white", ec="none", pad=1))
-    axes[0].text(last + 2, first - 3, f"{axis.size:g} × {axis.size:g}", **style)
+    style = {"weight": "bold", "bbox": {"fc": "white", "ec": "none", "pad": 1}}
+    axes[0].text(field.span(0)[1] + 6, 10, f"{field.size} × {field.size}", va="center", **style)
     fig.tight_layout(pad=1)
     return fig
 
 
 def unet():
     """Question 3: the U with its sizes, for padded convolutions and an input of 256 × 256."""
-    channels, size = [64, 128, 256, 512, 1024], 256
-    sizes = [size]
-    for _ in channels[1:]:
-        sizes.append(summary([nn.MaxPool2d(2)], (1, sizes[-1], sizes[-1])).output[-1])
+    channels = [64, 128, 256, 512, 1024]
+    sizes = [256, *(size for size, _ in walk([(2, 2)] * 4, 256))]
     fig, ax = canvas(50)
     ax.text(1.4, 24, "encoder", color=BLUE, weight="bold", va="center")
     ax.text(50.6, 24, "decoder", color=GREEN, weight="bold", va="center", ha="right")
@@ -210,12 +199,12 @@ def unet():
         y, x, h = 38 - 8.4 * level, 2 + 4 * level, 5 - 0.5 * level
         mirror, label = 52 - x, f"{c} × {n} × {n}"
         if level == len(channels) - 1:
-            ax.add_patch(Rectangle((x, y), 52 - 2 * x, h, fc=ORANGE, ec=INK, lw=0.8))
+            block(ax, x, y, 52 - 2 * x, h, ORANGE)
             middle(ax, 26, y - 1.8, f"{label}: {n * n} pixels per map", weight="bold")
             break
-        ax.add_patch(Rectangle((x, y), 4.4, h, fc=BLUE, ec=INK, lw=0.8))
-        ax.add_patch(Rectangle((mirror - 4.4, y), 2.2, h, fc=BLUE, ec=INK, lw=0.8))
-        ax.add_patch(Rectangle((mirror - 2.2, y), 2.2, h, fc=GREEN, ec=INK, lw=0.8))
+        block(ax, x, y, 4.4, h, BLUE)
+        block(ax, mirror - 4.4, y, 2.2, h, BLUE)
+        block(ax, mirror - 2.2, y, 2.2, h, GREEN)
         arrow(ax, (x + 4.9, y + h / 2), (mirror - 4.9, y + h / 2), DARK)
         middle(ax, 26, y + h / 2 + 1.7, label)
         if level < 2:
@@ -232,8 +221,7 @@ def wiring():
     """Question 3: three layers with residual and with dense connections."""
     fig, ax = canvas(38)
     middle(ax, 26, 35.6, "residual: add", weight="bold", color=BLUE)
-    y = 27
-    places = [3, 18, 33, 48]
+    y, places = 27, [3, 18, 33, 48]
     for start, end in zip(places, places[1:]):
         arrow(ax, (start + 1.4, y), (start + 3.4, y))
         arrow(ax, (start + 9.6, y), (end - 1.5, y))
@@ -245,20 +233,19 @@ def wiring():
             box(ax, x - 11.6, y - 1.8, 6.2, 3.6, f"layer {layer}")
     middle(ax, 3, y, "in")
     middle(ax, 26, 19.8, "dense: concatenate", weight="bold", color=GREEN)
-    y, bars, colours = 8, [7.4, 20.2, 33, 46], [DARK, BLUE, ORANGE, GREEN]
+    y, bars, colors = 8, [7.4, 20.2, 33, 46], [DARK, BLUE, ORANGE, GREEN]
     for layer, x in enumerate(bars):  # a bar joins the input and the outputs of the layers before
         for part in range(layer + 1):
             share = 6 / (layer + 1)
-            style = dict(fc=colours[part], ec="white", lw=0.8)
-            ax.add_patch(Rectangle((x, y - 3 + share * part), 1.4, share, **style))
+            block(ax, x, y - 3 + share * part, 1.4, share, colors[part], "white")
         if layer < 3:
-            edge, following = colours[layer + 1], bars[layer + 1]
+            edge, following = colors[layer + 1], bars[layer + 1]
             arrow(ax, (x + 1.8, y), (x + 3.4, y))
             box(ax, x + 3.6, y - 1.8, 6.2, 3.6, f"layer {layer + 1}", edge=edge)
             arrow(ax, (x + 10, y), (following - 0.3, y), edge)
         for target in range(layer + 1, 4):
             start = (bars[layer] - 1.6 if layer else 5, y + 0.2)
-            arrow(ax, start, (bars[target] + 0.7, y + 3.2), colours[layer], bend=-0.28)
+            arrow(ax, start, (bars[target] + 0.7, y + 3.2), colors[layer], bend=-0.28)
     middle(ax, 2.6, y, "in")
     arrow(ax, (4, y), (7.1, y))
     middle(ax, 26, 2.2, "bars: channels joined so far")
@@ -269,21 +256,21 @@ def dense_block():
     """Question 3: a dense block of three layers, drawn by channels."""
     start, growth, layers = 32, 24, 3
     fig, ax = canvas(31)
-    unit, base = 0.19, 5.2
-    colours, widths = [GREY, BLUE, ORANGE, GREEN], [start] + [growth] * layers
+    unit, base, colors = 0.19, 5.2, [GRAY, BLUE, ORANGE, GREEN]
+    widths = [start] + [growth] * layers
     for state in range(layers + 1):
         x, y = 3.2 + 13.8 * state, base
         for part in range(state + 1):
             h = widths[part] * unit
-            ax.add_patch(Rectangle((x, y), 4.2, h, fc=colours[part], ec="white", lw=1.0))
-            colour = "white" if part else INK
-            middle(ax, x + 2.1, y + h / 2, widths[part], color=colour, weight="bold")
+            block(ax, x, y, 4.2, h, colors[part], "white", lw=1)
+            color = "white" if part else INK
+            middle(ax, x + 2.1, y + h / 2, widths[part], color=color, weight="bold")
             y += h
         total = sum(widths[: state + 1])
         middle(ax, x + 2.1, y + 1.5, f"{total}", weight="bold")
         middle(ax, x + 2.1, base - 2.4, "input" if state == 0 else f"after {state}")
         if state < layers:
-            edge = colours[state + 1]
+            edge = colors[state + 1]
             arrow(ax, (x + 4.5, base + 3), (x + 5.6, base + 3))
             box(ax, x + 5.7, base + 1.2, 6.2, 3.6, f"layer {state + 1}", edge=edge)
             new = base + total * unit + growth * unit / 2
@@ -291,81 +278,53 @@ def dense_block():
     return fig
 
 
-class Stack(nn.Module):
-    """Stack `DEPTH` layers of 3 × 3, plain, residual or dense; `outputs` keeps what each made."""
+def gradient_profile(kind: str, normalized: bool, seed: int) -> np.ndarray:
+    """Measure the gradient at each layer's output of a "plain", "residual" or "dense" stack.
 
-    def __init__(self, kind: str, normalised: bool, width: int = 24, growth: int = 8):
-        super().__init__()
-        self.kind = kind
-        layers, channels = [], width
-        for _ in range(DEPTH):
-            made = growth if kind == "dense" else width
-            parts = [nn.Conv2d(channels, made, 3, padding=1, bias=not normalised)]
-            if normalised:
-                nn.init.kaiming_normal_(parts[0].weight, nonlinearity="relu")
-                parts.append(nn.BatchNorm2d(made))
-            layers.append(nn.Sequential(*parts, nn.ReLU()))
-            channels += made if kind == "dense" else 0
-        self.layers, self.head = nn.ModuleList(layers), nn.Linear(channels, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.outputs = []
-        for layer in self.layers:
-            made = layer(x)
-            if self.kind == "residual":
-                made = made + x
-            self.outputs.append(made)
-            made.retain_grad()
-            x = torch.cat([x, made], 1) if self.kind == "dense" else made
-        return self.head(x.mean((2, 3)))
-
-
-def gradient_profile(kind: str, normalised: bool, seed: int) -> np.ndarray:
-    """Measure log10 of the gradient norm at each layer over that at the last, shape (depth,)."""
+    Either with He initialisation and BatchNorm (`normalized`), or as PyTorch initialises. Gives
+    log10 of the norms relative to that at the last layer, (DEPTH,).
+    """
     torch.manual_seed(seed)
-    model = Stack(kind, normalised)
-    images, labels = torch.randn(16, 24, 12, 12), torch.randint(5, (16,))
-    F.cross_entropy(model(images), labels).backward()
-    norms = np.array([out.grad.double().norm().item() for out in model.outputs])
-    return np.log10(norms / norms[-1])
-
-
-def measure() -> None:
-    """Measure the gradient profiles over all seeds and write the results file."""
-    began, metrics = time.time(), {}
-    for normalised in (False, True):
-        for kind in ("plain", "residual", "dense"):
-            profiles = np.stack([gradient_profile(kind, normalised, seed) for seed in SEEDS])
-            for layer, values in enumerate(profiles.T, 1):
-                key = f"{'batchnorm_he' if normalised else 'default'}.{kind}.layer_{layer:02d}"
-                metrics[key] = mean(values, "log10 of gradient norm relative to the last layer")
-    about = dict(profile="cpu", source=None, runtime=Runtime(torch.device("cpu")), seeds=SEEDS)
-    save_results("theory_gradients", metrics, **about, seconds=time.time() - began)
+    channels, made, layers = CHANNELS, GROWTH if kind == "dense" else CHANNELS, []
+    for _ in range(DEPTH):
+        layer = [nn.Conv2d(channels, made, 3, padding=1, bias=not normalized), nn.ReLU()]
+        if normalized:
+            nn.init.kaiming_normal_(layer[0].weight, nonlinearity="relu")
+            layer.insert(1, nn.BatchNorm2d(made))
+        layers.append(nn.Sequential(*layer))
+        channels += made if kind == "dense" else 0
+    head, outputs = nn.Linear(channels, 5), []
+    x, labels = torch.randn(16, CHANNELS, 12, 12), torch.randint(5, (16,))
+    for layer in layers:
+        outputs.append(layer(x) + x if kind == "residual" else layer(x))
+        x = torch.cat([x, outputs[-1]], 1) if kind == "dense" else outputs[-1]
+    loss = F.cross_entropy(head(x.mean((2, 3))), labels)
+    norms = [gradient.double().norm().item() for gradient in torch.autograd.grad(loss, outputs)]
+    return np.log10(np.array(norms) / norms[-1])
 
 
 def gradients():
     """Question 3: the measured gradient profiles, mean and 95 % interval over the seeds."""
-    metrics = load_results(ROOT / "reports" / "results" / "theory_gradients.json")["metrics"]
     fig, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.5), sharey=True)
     ground(fig)
-    titles = {
-        "default": "default initialisation,\nno normalisation",
-        "batchnorm_he": "He initialisation,\nBatchNorm",
-    }
+    titles = "default initialisation,\nno normalisation", "He initialisation,\nBatchNorm"
     kinds = (("plain", ORANGE, "o"), ("residual", BLUE, "s"), ("dense", GREEN, "^"))
     layers = range(1, DEPTH + 1)
-    for ax, (setting, title) in zip(axes, titles.items()):
-        for kind, colour, marker in kinds:
-            points = [metrics[f"{setting}.{kind}.layer_{layer:02d}"] for layer in layers]
+    for normalized, (ax, title) in enumerate(zip(axes, titles)):
+        for kind, color, marker in kinds:
+            profiles = [gradient_profile(kind, bool(normalized), seed) for seed in SEEDS]
+            points = [stats.mean(values) for values in np.transpose(profiles)]
+            # The last layer is the reference: all seeds give 0 there, without an interval.
+            ranges = [point.ci95 or (point.value, point.value) for point in points]
             values = [10**point.value for point in points]
-            low, high = ([10 ** point.ci95[end] for point in points] for end in (0, 1))
-            ax.plot(layers, values, color=colour, marker=marker, ms=3.5, lw=1.3, label=kind)
-            ax.fill_between(layers, low, high, color=colour, alpha=0.25, lw=0)
+            low, high = 10 ** np.transpose(ranges)
+            ax.plot(layers, values, color=color, marker=marker, ms=3.5, lw=1.3, label=kind)
+            ax.fill_between(layers, low, high, color=color, alpha=0.25, lw=0)
         ax.set(yscale="log", title=title, xlabel="layer", xticks=[1, *range(5, DEPTH + 1, 5)])
         ax.grid(alpha=0.3)
     axes[0].set_ylabel("gradient norm, relative")
-    axes[0].set_yticks([1e-8, 1e-6, 1e-4, 1e-2, 1, 100])
-    axes[0].set_yticklabels(["10⁻⁸", "10⁻⁶", "10⁻⁴", "0.01", "1", "100"])
+    labels = "10⁻⁸", "10⁻⁶", "10⁻⁴", "0.01", "1", "100"
+    axes[0].set_yticks([1e-8, 1e-6, 1e-4, 1e-2, 1, 100], labels)
     axes[0].minorticks_off()
     axes[0].legend(loc="lower right", frameon=False)
     fig.tight_layout(pad=1)
@@ -376,7 +335,7 @@ def pixels(ax, reach: int) -> None:
     """Show positions from `-reach` to `reach` around the output position, y downwards."""
     edge, ticks = reach + 0.5, (-reach, 0, reach)
     ax.set(xlim=(-edge, edge), ylim=(edge, -edge), aspect="equal", xticks=ticks, yticks=ticks)
-    ax.spines[:].set_color(GREY)
+    ax.spines[:].set_color(GRAY)
     ax.tick_params(length=0)
 
 
@@ -388,16 +347,15 @@ def deformable_sampling():
     ground(fig)
     titles = ("regular grid", "dilation 2", "free offsets")
     for ax, title, points in zip(axes, titles, (TAPS, 2 * TAPS, TAPS + offsets)):
-        x, y = np.meshgrid(range(-3, 4), range(-3, 4))
-        ax.scatter(x, y, s=7, c=GREY)
-        ax.add_patch(Rectangle((-0.5, -0.5), 1, 1, fc="none", ec=INK, lw=1.2))
+        ax.scatter(*np.meshgrid(range(-3, 4), range(-3, 4)), s=7, c=GRAY)
+        block(ax, -0.5, -0.5, 1, 1, "none", lw=1.2)
         between = (points != np.round(points)).any()
         if between:
             ax.scatter(*TAPS.T, s=18, fc="white", ec=BLUE, lw=1.1, zorder=2)
             for start, end in zip(TAPS, points):
                 arrow(ax, start, end, INK)
             corner = np.floor(points[2])  # the four pixels around one sample
-            ax.add_patch(Rectangle(corner, 1, 1, fc=GREEN, ec=GREEN, alpha=0.25, zorder=1))
+            block(ax, *corner, 1, 1, GREEN, GREEN, lw=None, alpha=0.25, zorder=1)
             ax.scatter(*(corner + [(0, 0), (1, 0), (0, 1), (1, 1)]).T, s=14, c=GREEN, zorder=3)
         ax.scatter(*points.T, s=26, c=ORANGE if between else BLUE, zorder=4)
         pixels(ax, 3)
@@ -405,10 +363,9 @@ def deformable_sampling():
     axes[0].set_ylabel("y (pixels)")
     axes[1].set_xlabel("x from the output position (pixels)")
     fig.tight_layout(pad=1, rect=(0, 0.1, 1, 1), w_pad=0.4)
-    handles = []
-    for colour, label in ((GREY, "pixel"), (BLUE, "on a pixel"), (ORANGE, "between pixels")):
-        handles.append(Line2D([], [], ls="", marker="o", ms=5, color=colour, label=label))
-    place = dict(loc="lower center", bbox_to_anchor=(0.5, 0.01), frameon=False)
+    dots = (GRAY, "pixel"), (BLUE, "on a pixel"), (ORANGE, "between pixels")
+    handles = [Line2D([], [], ls="", marker="o", ms=5, color=c, label=text) for c, text in dots]
+    place = {"loc": "lower center", "bbox_to_anchor": (0.5, 0.01), "frameon": False}
     fig.legend(handles=handles, ncols=3, handletextpad=0.1, columnspacing=1, **place)
     return fig
 
@@ -418,20 +375,15 @@ def turned_bar():
     fig, axes = plt.subplots(1, 3, figsize=(WIDTH, 2.6), sharey=True)
     ground(fig)
     turned = np.stack([-TAPS[:, 1], TAPS[:, 0]], axis=1)  # by 90 degrees, y downwards
-    panels = (
-        ("upright bar,\nregular grid", 0, TAPS),
-        ("flat bar,\nregular grid", 1, TAPS),
-        ("flat bar,\nturned grid", 1, turned),
-    )
-    for ax, (title, along, points) in zip(axes, panels):
+    titles = "upright bar,\nregular grid", "flat bar,\nregular grid", "flat bar,\nturned grid"
+    for ax, title, along, points in zip(axes, titles, (0, 1, 1), (TAPS, TAPS, turned)):
         total = 0
         for (x, y), weight in zip(points, BAR):
             on = (x, y)[along] == 0
             total += weight * on
-            face = DARK if on else "white"
-            ax.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fc=face, ec=GREY, lw=1))
-            colour = "white" if on else INK
-            middle(ax, x, y, f"{weight}".replace("-", "−"), color=colour, weight="bold")
+            block(ax, x - 0.5, y - 0.5, 1, 1, DARK if on else "white", GRAY, lw=1)
+            color = "white" if on else INK
+            middle(ax, x, y, f"{weight}".replace("-", "−"), color=color, weight="bold")
         pixels(ax, 1)
         ax.set(title=title, xlabel=f"response {total}")
     axes[0].set_ylabel("y (pixels)")
@@ -442,19 +394,14 @@ def turned_bar():
 def offset_branch():
     """Practical 2: how the offsets are computed and used."""
     fig, ax = canvas(27)
-    for i in range(3):
-        ax.add_patch(Rectangle((2 + 0.7 * i, 4.6 + 0.7 * i), 7, 7, fc="white", ec=INK, lw=1))
+    pile(ax, 2, 4.6, ["white"] * 3)
     middle(ax, 6.9, 9.5, "input")
     box(ax, 11.5, 18, 13, 5.4, "branch: 3 × 3\nconvolution", edge=ORANGE)
-    for i in range(5):
-        face = "white" if i < 4 else "#FBE8DC"
-        style = dict(fc=face, ec=ORANGE, lw=1)
-        ax.add_patch(Rectangle((31 + 0.7 * i, 15.2 + 0.7 * i), 7, 7, **style))
+    pile(ax, 31, 15.2, ["white"] * 4 + ["#FBE8DC"], ORANGE)
     middle(ax, 37.3, 21.5, "2K\noffset\nmaps", linespacing=1.0)
     label = "sample at the shifted\npositions, times\nthe weights"
     box(ax, 17.5, 5.6, 17, 6.4, label, edge=BLUE, linespacing=1.05)
-    for i in range(3):
-        ax.add_patch(Rectangle((41 + 0.7 * i, 4.6 + 0.7 * i), 7, 7, fc="white", ec=INK, lw=1))
+    pile(ax, 41, 4.6, ["white"] * 3)
     middle(ax, 45.9, 9.5, "output")
     arrow(ax, (7, 13.4), (11.2, 20), ORANGE)
     arrow(ax, (24.8, 20.7), (30.7, 20.7), ORANGE)
@@ -481,31 +428,23 @@ FIGURES = {
 
 def draw_all(folder: Path) -> None:
     """Write every figure into `folder`; the same numbers give the same bytes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # on networks this small, threads wait for each other
     for name, draw in FIGURES.items():
         kind, drawn = Path(name).suffix[1:], io.BytesIO()
+        metadata = {"Software": None} if kind == "png" else {"Date": None, "Creator": None}
         with plt.rc_context(STYLE):
             fig = draw()
-            metadata = {"Software": None} if kind == "png" else {"Date": None, "Creator": None}
             fig.savefig(drawn, format=kind, dpi=150, metadata=metadata)
             plt.close(fig)
         data = drawn.getvalue()
         if kind == "svg":
             data = "".join(f"{line.rstrip()}\n" for line in data.decode().splitlines())
-        write_whole(Path(folder) / name, data)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m theory.make_figures", description=__doc__)
-    parser.add_argument("--measure", action="store_true", help="measure the gradient norms first")
-    parser.add_argument("folder", type=Path, nargs="?", default=ROOT / "theory" / "figures")
-    options = parser.parse_args()
-    if options.measure:
-        measure()
-    draw_all(options.folder)
+        write_whole(folder / name, data)
+    torch.set_num_threads(threads)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ProjectError as error:
-        sys.exit(str(error))
+    parser = argparse.ArgumentParser(prog="python -m theory.make_figures", description=__doc__)
+    parser.add_argument("folder", type=Path, nargs="?", default=ROOT / "theory" / "figures")
+    draw_all(parser.parse_args().folder)

@@ -1,96 +1,68 @@
-"""`python -m tools.drawn`: what holds the drawn Changer back? (`make drawn`)
+"""`python -m tools.drawn`: train the Changer as the assignment draws it (`make drawn`).
 
-The drawn network has no pooling between its stages and dropout of 0.2. Four small trainings cross
-the two, at a quarter of the drawn width and on small images. Validation photos judge; no test photo
-is read. The notebook `detect_change` shows the stored result.
+Beside it, two networks that differ in one thing each: with pooling, and with pooling but without
+dropout, as the notebook `detect_change` trains it. All are small, of the same size, and judged by
+validation photos; no test photo is read. The notebook shows the stored curves and scores.
 """
 
 import sys
-from itertools import product
+from dataclasses import replace
 
-from src import ROOT, ProjectError, data, datasets, device, provenance, results, settings
-from src.views import make_canvases
+from torch.utils.data import DataLoader
+
+from src import ProjectError, data
+from src.photo_views import make_canvases
+from src.run import start
+from src.train import Training
 from tools.notebooks import definitions
 
-NAME, NOTEBOOK = "drawn_network", "detect_change"
-SIZE = dict(image_side=64, channels=(16, 32, 64, 128), epochs=4, steps=500)
-SMOKE = dict(image_side=32, channels=(4, 8, 12, 16), epochs=2, steps=2, val_pairs=32, photos=8)
+SIZES = {
+    "cpu": {"image_side": 64, "channels": (16, 32, 64, 128), "epochs": 12, "lr": 3e-3},
+    "gpu": {"epochs": 8, "batch_size": 32},  # at the drawn size
+}
 
 
-def make_pairs(nb, config, source):
-    """A loader of fresh training pairs, and fixed validation pairs of each range of strengths."""
-    paths = datasets.list_photos("train", source, config.photos, config.seed, minimum_side=64)
-    share = 0.1 if len(paths) > 20 else 0.34  # as in the notebook
-    train, val = (
-        make_canvases([paths[i] for i in part], config.image_side)
-        for part in data.split_groups([path.name for path in paths], share, config.seed)
-    )
-    fixed = {
-        name: nb.FixedPairs(*val, config.val_pairs, limits, config.image_side, config.seed + 1)
-        for name, limits in {"standard": nb.STANDARD, "subtle": nb.SUBTLE}.items()
-    }
-    return nb.FreshPairs(train[0], config, config.image_side).loader(), fixed
-
-
-def score(nb, network, pairs, config, runtime) -> dict[str, results.Metric]:
-    """The shares of labels and of pairs that are right, with intervals over photos."""
-    logits, *_ = nb.evaluate(network.eval(), pairs.loader(), config, runtime)
-    correct = ((logits > 0) == (pairs.labels > 0)).float()
-    shares = {"per_label_accuracy": correct.mean(dim=1), "exact_match": correct.amin(dim=1)}
-    return {key: results.bootstrap(x.numpy(), pairs.photos.numpy()) for key, x in shares.items()}
-
-
-def run(size: dict, source, runtime):
-    """Train the four networks, store their validation scores, and give the results file's path.
-
-    Args:
-        size: fields of the notebook's `Config` that differ from its defaults.
-        source: where the photos are.
-        runtime: device and precision.
-    """
-    nb, clock, metrics, curves = definitions(NOTEBOOK), device.Stopwatch(runtime), {}, {}
-    size = size | {"small_side": size["image_side"], "small_epochs": 0}
-    base = nb.replace(nb.Config(), **size)
-    fresh, fixed = make_pairs(nb, base, source)
-    loaders = {name: pairs.loader() for name, pairs in fixed.items()}
-    for pooled, dropout in product((True, False), (0.0, nb.DRAWN.dropout)):
-        pools = base.pool_after if pooled else nb.DRAWN.pool_after
-        config = nb.replace(base, pool_after=pools, dropout=dropout)
-        network = runtime.place(nb.build(config))
-        train_loaders = {config.image_side: fresh}
-        name = f"{'pooling' if pooled else 'no_pooling'}_{'dropout' if dropout else 'no_dropout'}"
-        curves[name] = nb.train_changer(network, train_loaders, loaders, config, runtime)
-        for strength, pairs in fixed.items():
-            for key, metric in score(nb, network, pairs, config, runtime).items():
-                metrics[f"{name}.{strength}.{key}"] = metric
-                print(f"{name}, {strength}, {key}: {metric}")
-    return results.save_results(
-        NAME,
-        metrics,
-        profile="trial",
-        source=source,
-        runtime=runtime,
-        seeds=[base.seed],
-        seconds=clock.lap(),
-        config=base,
-        curves=curves,
-        fingerprint=provenance.code_fingerprint(ROOT / "notebooks" / f"{NOTEBOOK}.ipynb"),
-    )
-
-
-def main() -> int:
-    try:
-        chosen = settings.read()
-        runtime = device.start(device.choose_device(chosen.device), "cpu")
-        place = dict(folder=chosen.data, mirror=chosen.mirror)
-        source = data.find_source(datasets.PHOTOS, chosen.profile, **place)
-        size = SMOKE if chosen.profile == "smoke" else SIZE
-        print(f"wrote {run(size, source, runtime).relative_to(ROOT)}")
-    except ProjectError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 1
-    return 0
+def main() -> None:
+    nb, curves, metrics = definitions("detect_change"), {}, {}
+    configs = {profile: replace(nb.DRAWN, **size) for profile, size in SIZES.items()}
+    smoke = replace(nb.CONFIGS["smoke"], pool_after=nb.DRAWN.pool_after, dropout=nb.DRAWN.dropout)
+    run = start("drawn_network", configs | {"smoke": smoke, "demo": smoke}, data.PHOTOS)
+    config, side = run.config, run.config.image_side
+    photos = data.photos(run.source, "train", config.photos)
+    parts = data.split(photos, 0.1, config.seed)
+    kept, held_back = (make_canvases([photos[i] for i in part], side) for part in parts)
+    loader = DataLoader(nb.FreshPairs(kept[0].to(run.device), config, side), batch_size=None)
+    pairs = nb.FixedPairs(*held_back, nb.both_ranges(config.val_pairs), side, config.seed + 100)
+    pooled = replace(config, pool_after=nb.Config.pool_after)
+    variants = {"drawn": config, "pooled": pooled, "no_dropout": replace(pooled, dropout=0.0)}
+    for name, variant in variants.items():
+        network = run.place(nb.build(variant))
+        training = Training(
+            name,
+            network,
+            [(network, config.lr)],
+            config.epochs * config.steps,
+            run,
+            weight_decay=config.weight_decay,
+            ema_decay=config.ema_decay,
+        )
+        for _ in training.epochs(config.epochs):
+            for first, second, labels, changes in training.bar(loader):
+                with run.precision():
+                    loss, means = nb.changer_loss(*network(first, second), labels, changes, side)
+                training.step(loss, n=len(labels), **means)
+            with training.validating():
+                logits, validation = nb.evaluate(network, DataLoader(pairs, 100), side, run)
+            training.end_epoch(**validation)
+        rates = nb.score_labels(logits > 0, pairs.labels, pairs.photos)
+        metrics |= {f"{name}.{key}": rate for key, rate in rates.items()}
+        curves[name] = training.history
+        print(f"{name}: {rates['per_label_accuracy']} of validation labels are right")
+    run.save(metrics, [config.seed], curves)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        main()
+    except ProjectError as error:
+        sys.exit(f"Error: {error}")
