@@ -14,7 +14,7 @@ from src import ProjectError, data
 from src.photo_views import make_canvases
 from src.run import start
 from src.train import Training
-from tools.notebooks import definitions
+from tools.notebooks import definitions, print_anything
 
 SIZES = {
     "cpu": {"image_side": 64, "channels": (16, 32, 64, 128), "epochs": 12, "lr": 3e-3},
@@ -23,6 +23,7 @@ SIZES = {
 
 
 def main() -> None:
+    print_anything()
     nb, curves, metrics = definitions("detect_change"), {}, {}
     configs = {profile: replace(nb.DRAWN, **size) for profile, size in SIZES.items()}
     smoke = replace(nb.CONFIGS["smoke"], pool_after=nb.DRAWN.pool_after, dropout=nb.DRAWN.dropout)
