@@ -72,12 +72,13 @@ def grids(positions_of):
     offsets = {
         "ordinary: fixed beforehand": 0 * TAPS,
         "static: the same for all positions": 0.7 * TAPS,
-        "deformable: computed from the input": torch.sin(torch.arange(18.0)).view(9, 2),
+        "deformable: chosen by content": torch.sin(torch.arange(18.0)).view(9, 2),
     }
     fig, axes = plt.subplots(1, 3, figsize=(10, 3.6))
     for ax, (title, offset) in zip(axes, offsets.items()):
         end = torch.stack(positions_of(offset.view(1, 18, 1, 1).expand(1, 18, 9, 9)), dim=-1)
         arrows(ax, TAPS + 4, end[0, 0, 40], show.COLORS[4])
+        ax.plot(*(TAPS + 4).t(), "o", fillstyle="none")
         ax.plot(4, 4, "s", markersize=14, fillstyle="none")
         ax.set(title=title, xlabel="column (pixels)", ylabel="row (pixels)")
         ax.axis((0, 8, 8, 0))

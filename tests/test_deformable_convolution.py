@@ -1,14 +1,19 @@
-"""The comparison's networks, losses, loop, swap and objects' rules; views of objects; plots."""
+"""The comparison: networks, losses, loop, swap, which objects are used, what is shown."""
+
+import copy
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
-from src import coco_views, offset_plots, run, train
+from src import ProjectError, coco_views, data, offset_plots, run, train
 from tools import notebooks
 
 nb = notebooks.definitions("deformable_convolution")
+SAMPLING = ("layers", "norms")
+MEASURES = ("mask_iou", "pixel_accuracy", "pixel_cross_entropy", "accuracy", "cross_entropy")
 CONFIG = nb.Config(width=8, epochs=3, views=2, seeds=(0, 1), batch_size=8)
 
 
@@ -26,29 +31,62 @@ def toy_views(n=24, classes=7):
         y, x = torch.randint(8, (2,), generator=g).tolist()
         mask[y : y + 8, x : x + 8] = True
     maps = torch.zeros(n, 1 + classes, 8, 8)
-    maps[:, 0] = torch.nn.functional.avg_pool2d(masks.float()[:, None], 2)[:, 0]
+    maps[:, 0] = F.avg_pool2d(masks.float()[:, None], 2)[:, 0]
     maps[torch.arange(n), 1 + labels] = maps[:, 0]
     return coco_views.Views([maps.half()], masks, labels, torch.arange(n))
 
 
 # --- networks and training ------------------------------------------------------------------------
-@pytest.mark.parametrize("key", nb.VARIANTS)
-def test_heads_differ_in_the_sampling_layer_alone(key):
+def head_of(key, **changes):
     torch.manual_seed(0)
     channels = [4, 6, 8] if key in nb.DEEP else [4]
-    head = nb.Head(CONFIG, channels, *nb.VARIANTS[key]).train()
-    maps = [torch.randn(3, c, 8 // 2**i, 8 // 2**i) for i, c in enumerate(channels)]
-    logits, foreground = head(maps)
+    return nb.Head(nb.replace(CONFIG, **changes), channels, *nb.VARIANTS[key]), [
+        torch.randn(3, c, 8 // 2**i, 8 // 2**i) for i, c in enumerate(channels)
+    ]
+
+
+@pytest.mark.parametrize("key", nb.VARIANTS)
+def test_heads_differ_in_the_sampling_layer_alone(key):
+    head, maps = head_of(key)
+    logits, foreground = head.train()(maps)
     assert logits.shape == (3, len(nb.NAMES)) and foreground.shape == (3, 8, 8)
     (logits.sum() + foreground.sum()).backward()
     assert all(p.grad is not None for p in head.parameters() if p.requires_grad)
-    other = nb.Head(CONFIG, channels, *nb.VARIANTS["ordinary_1"])
-    common = [
-        name for name, _ in other.named_parameters() if not name.startswith(("layers", "norms"))
-    ]
-    assert common == [
-        n for n, _ in head.named_parameters() if not n.startswith(("layers", "norms"))
-    ]
+    other, _ = head_of("ordinary_1")
+    common, others = (
+        {name: p.shape for name, p in x.named_parameters() if name.split(".")[0] not in SAMPLING}
+        for x in (head, other)
+    )
+    assert common.keys() >= others.keys() and (key in nb.DEEP or common == others)
+
+
+@pytest.mark.parametrize("points", [1, 9, 25])
+def test_all_kinds_start_as_the_ordinary_one_and_have_their_points(points):
+    """With zero offsets the three kinds are the same function of the same weights."""
+    ordinary, maps = head_of(f"ordinary_{points}")
+    for kind in ("static", "deformable"):
+        other, _ = head_of(f"{kind}_{points}")
+        missing = other.load_state_dict(ordinary.state_dict(), strict=False)
+        assert not missing.unexpected_keys and len(missing.missing_keys) == 2  # the branch
+        layer = other.layers[0]
+        assert layer.offset_branch.weight.requires_grad == (kind == "deformable")
+        assert layer.weight[0, 0].numel() == ordinary.layers[0].weight[0, 0].numel() == points
+        for a, b in zip(other.eval()(maps), ordinary.eval()(maps)):
+            assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_the_controls_are_what_they_are_called():
+    assert len(head_of("three_deformable_layers")[0].layers) == 3
+    x = torch.zeros(1, 8, 9, 9)
+    x[..., 0, 0] = 1
+    for key, sees_all in (("fixed_pyramid", False), ("global_context", True)):
+        (layer,) = head_of(key)[0].layers
+        reached = layer(x).abs().sum((0, 1)) > 0
+        assert reached.all() if sees_all else reached.nonzero().sum() == 28, "dilated by 1, 2, 4"
+    (layer,) = head_of("modulation_alone")[0].layers
+    torch.nn.init.normal_(layer.offset_branch.weight)
+    offset, mask = layer.offsets_and_mask(torch.randn(1, 8, 9, 9))
+    assert not offset.any() and mask.std() > 0.1
 
 
 def test_losses_of_right_wrong_and_empty_masks():
@@ -59,6 +97,8 @@ def test_losses_of_right_wrong_and_empty_masks():
     scores = nb.losses(torch.eye(3, 7) * 20, foreground, masks, torch.tensor([0, 2, 2]))
     assert scores["mask_iou"].tolist() == [1, 0, 0] and scores["accuracy"].tolist() == [1, 0, 1]
     assert scores["pixel_accuracy"].tolist() == [1, 0, 1]
+    even = nb.losses(torch.zeros(1, 7), torch.zeros(1, 2, 2), masks[:1], torch.tensor([0]))
+    assert even["loss"].item() == pytest.approx(np.log(7) + np.log(2) + 0.5)  # Dice: 1 - 2 * 4 / 16
     assert scores["loss"][0] < 0.01 and scores["loss"].isfinite().all() and scores["loss"][1] > 20
 
 
@@ -96,116 +136,94 @@ def test_objects_that_are_left_out(change, reason):
     annotation = {"iscrowd": 0, "bbox": [0, 0, 50, 60]} | change
     animal = {"supercategory": "animal", "name": "dog"}
     assert nb.why_left_out(annotation, animal, mask, [mask]) == reason
+    other = {"supercategory": "outdoor", "name": "bench"}
+    table = {"supercategory": "furniture", "name": "dining table"}
     if not reason:
-        table = {"supercategory": "furniture", "name": "dining table"}
-        assert nb.why_left_out(annotation, table, mask, [mask]) == "another class"
-        hidden = mask.copy()
-        hidden[:60, :45] = 0
-        assert nb.why_left_out(annotation | {"bbox": [0, 0, 50, 60]}, animal, hidden, [mask]) in (
-            "thin or hidden",
-            "behind another object",
-        )
-
-
-# --- views ----------------------------------------------------------------------------------------
-def crop(side=64):
-    """An object right of and below the middle, red on blue."""
-    photo, mask = np.zeros((200, 200, 3), np.uint8), np.zeros((200, 200), np.uint8)
-    photo[..., 2] = 255
-    mask[80:120, 70:130] = 1
-    mask[80:90, 120:130] = 0  # so that no symmetry is left
-    photo[mask > 0] = (255, 0, 0)
-    return torch.as_tensor(np.asarray(coco_views.cut_out(photo, mask, (70, 80, 60, 40), side)))[
-        None
-    ]
-
-
-def look(angle=0.0, zoom=1.0, x=0.0, y=0.0, mirror=1.0, **options):
-    return coco_views.make_views(crop(), torch.tensor([[angle, zoom, x, y, mirror]]), 64, **options)
-
-
-def center(mask):
-    return mask[0].nonzero().float().mean(dim=0)
-
-
-@pytest.mark.parametrize(
-    "pose",
-    [
-        {},
-        {"angle": 40.0},
-        {"zoom": 0.6},
-        {"x": 0.15, "y": -0.1},
-        {"mirror": -1.0},
-        {"angle": 90.0, "mirror": -1.0},
-    ],
-)
-def test_the_mask_stays_on_the_object(pose):
-    images, masks = look(**pose)
-    red = torch.nn.functional.avg_pool2d(images[:, :1] - images[:, 2:], 2)[:, 0] > 0
-    assert coco_views.mask_iou(red, masks) > 0.9 and masks.any()
-
-
-def test_poses_move_the_object_as_they_say():
-    still = look()[1]
-    moved = center(look(x=0.125, y=-0.125)[1]) - center(still)
-    assert torch.allclose(moved, torch.tensor([-4.0, 4.0]), atol=0.7)  # down, right, of 32
-    assert look(zoom=1.3)[1].sum() / still.sum() == pytest.approx(1.69, rel=0.1)
-    assert coco_views.mask_iou(look(mirror=-1.0)[1], still.flip(2)) > 0.9
-    clockwise = torch.rot90(still, -1, (1, 2))
-    assert coco_views.mask_iou(look(angle=90.0)[1], clockwise) > 0.9
-    corners = look(disc=True)[0][..., [0, 0, -1, -1], [0, -1, 0, -1]]
-    assert corners.std() < 0.01
-
-
-def test_masks():
-    masks = torch.zeros(2, 8, 8, dtype=torch.bool)
-    masks[0, 2:6, 1:4] = True
-    assert (
-        coco_views.filled_box(masks)[0].equal(masks[0])
-        and not coco_views.filled_box(masks)[1].any()
-    )
-    assert coco_views.mask_iou(masks, masks).tolist() == [1, 0]
-    assert coco_views.shrink(masks, 4)[0].sum() == 4 or coco_views.shrink(masks, 4)[0].any()
-    assert coco_views.mean_mask(masks).shape == (8, 8)
-    x = torch.rand(2, 3, 4, 4)
-    wanted = torch.nn.functional.interpolate(x, (8, 6), mode="bilinear")
-    assert torch.allclose(coco_views.enlarge(x, (8, 6)), wanted, atol=1e-5)
+        for category in (other, table):
+            assert nb.why_left_out(annotation, category, mask, [mask]) == "another class"
+        behind, front = mask.copy(), mask.copy()
+        behind[:, 22:], front[:, :22] = 0, 0
+        reasons = [nb.why_left_out(annotation, animal, x, [behind, front]) for x in (behind, front)]
+        assert reasons == ["behind another object", ""]
 
 
 def test_no_photo_is_in_two_splits_and_damaged_ones_are_left_out(tmp_path):
-    from src import data
-
-    source = data.find(data.COCO, "smoke")
-    coco, paths = data.coco(source, "train2017", 12)
-    first = next(iter(paths))
+    coco, paths = data.coco(data.find(data.COCO, "smoke"), "train2017", 12)
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"no picture")
-    objects, left_out = coco_views.collect(
-        coco, paths | {first: broken}, nb.LABELS, nb.why_left_out, 5, 64
-    )
-    assert first not in objects.photos.tolist() and sum(left_out.values()) > 0
-    assert objects.labels.bincount().max() <= 5
-    again, val = data.split(objects.photos, 0.3, 0, labels=objects.labels)
-    assert not set(objects.photos[again].tolist()) & set(objects.photos[val].tolist())
+    first, rest = min(paths), (nb.LABELS, nb.why_left_out, 1000, 64)
+    whole, _ = coco_views.collect(coco, paths, *rest)
+    objects, left_out = coco_views.collect(coco, paths | {first: broken}, *rest)
+    lost = (whole.photos == first).sum()
+    assert left_out["unreadable photo, or of another size"] == lost == len(whole) - len(objects) > 0
+    few, _ = coco_views.collect(coco, paths, nb.LABELS, nb.why_left_out, 2, 64)
+    assert few.labels.bincount().max() == 2 and few.crops.shape[1:] == (4, 144, 144)
+    with pytest.raises(ProjectError, match="No object of 1 photos"):
+        coco_views.collect(coco, {first: broken}, *rest)
+    train_index, val_index = data.split(whole.photos, 0.3, 0, whole.labels)
+    assert not set(whole.photos[train_index].tolist()) & set(whole.photos[val_index].tolist())
+
+
+# --- what is shown --------------------------------------------------------------------------------
+def cell_with(text):
+    (cell,) = (c for c in notebooks.read("deformable_convolution").cells if text in c.source)
+    return cell.source
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, None])
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_tables_figures_and_answers_hold_for_every_outcome(toy, value, seeds, capsys):
+    """All wrong, all right, or random; one photo or several; one seed or three."""
+    n, random = 6, np.random.default_rng(0)
+    names = [f"{role}{name}" for role in ("", "train_") for name in MEASURES]
+    space = vars(nb) | {"run": toy, "config": CONFIG, "trained": {}, "scores": {}}
+    space["photos"] = np.arange(n) // 2 if value is None else np.zeros(n)
+    swaps = [f"swap_{way}" for way in ("own", "other", "mean", "none")]
+    for key in (*nb.VARIANTS, "linear_probe", "mean_mask", "filled_box", "majority", *swaps):
+        rows = random.random((len(names), seeds, n))
+        rows = rows if value is None else np.full_like(rows, value)
+        space["scores"][key] = dict(zip(names, rows)) | {"train_seconds": [1.0], "test_seconds": []}
+    space["scores"] |= {"chance": {"accuracy": torch.ones(n)}, "deep_linear_probe": {}}
+    for text in (
+        "def estimate",
+        "MEASURES = ",
+        "panels = ",
+        "PAIRS = ",
+        "least = ",
+        "def by_points",
+    ):
+        exec(cell_with(text), space)
+    text = capsys.readouterr().out
+    assert len(space["metrics"]) < 60 and "nan" not in text
+    assert space["metrics"]["mask_iou_gain"].unit == "percentage points"
+    assert space["by_points"]("mask_iou").count(", ") == 6
+
+
+def test_the_fine_tuned_network_starts_as_the_pretrained_one(monkeypatch):
+    resnet = nb.backbones.load("resnet18", pretrained=False)
+    monkeypatch.setattr(nb.backbones, "load", lambda name: copy.deepcopy(resnet))
+    x = torch.rand(2, 3, 64, 64)
+    for layer, count in ((torch.nn.Conv2d, 0), (nb.DeformConv2d, 2)):
+        head = nb.fine_tuned(CONFIG, layer).eval()
+        wanted = resnet.eval().feature_maps(x, (16,))[0]
+        features = head.reduce[0][:-1]((x - resnet.mean) / resnet.std)
+        assert torch.allclose(features, wanted, atol=1e-3) and head([x])[1].shape == (2, 4, 4)
+        assert sum(type(m) is nb.DeformConv2d for m in head.modules()) == count
 
 
 # --- plots ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("angle, zoom", [(0.0, 1.0), (30.0, 1.0), (-60.0, 1.7), (0.0, 0.5)])
 def test_a_known_turn_and_zoom_is_read_off(angle, zoom):
+    """The convention is that of the views: rows, which come first, grow downwards."""
     turn = torch.tensor(angle).deg2rad()
     matrix = zoom * torch.tensor([[turn.cos(), turn.sin()], [-turn.sin(), turn.cos()]])  # y, x
-    field = (
-        (offset_plots.TAPS @ matrix.t() - offset_plots.TAPS)
-        .reshape(1, 18, 1, 1)
-        .expand(1, 18, 4, 4)
-    )
+    moves = (offset_plots.TAPS @ matrix.t() - offset_plots.TAPS).view(1, 18, 1, 1)
     inside = torch.zeros(2, 4, 4, dtype=torch.bool)
     inside[0, 1:3, 1:3] = True
-    fit = offset_plots.fitted_map(torch.cat([field, field]), inside)
-    assert (
-        abs(fit[0]) == pytest.approx(zoom, abs=1e-4) and abs(abs(fit[0].angle()) - abs(turn)) < 1e-4
-    )
-    assert fit[1].isnan()
+    fields = torch.where(inside[0], moves, 100.0).expand(2, -1, -1, -1)
+    one, none = offset_plots.fitted_map(fields, inside)
+    assert abs(one) == pytest.approx(zoom, abs=1e-4) and abs(one.angle() - turn) < 1e-4
+    assert none.isnan()
 
 
 @pytest.mark.parametrize("mask", [torch.zeros, torch.ones])
