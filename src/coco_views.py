@@ -54,15 +54,14 @@ class Views:
 def collect(coco, paths, labels, why_left_out, per_class, side):
     """Cut out the objects that are used, at most `per_class` of a label, drawn at random.
 
+    Gives `Objects`, sorted by photo, and {reason: how many are left out}; a ProjectError if all.
+
     Args:
         coco, paths: annotations (a pycocotools `COCO`) and {image id: file}.
         labels: {COCO's super-category: label}.
         why_left_out: called with (annotation, category, mask (H, W), masks of all objects of the
             photo); gives a reason, or "" where the object is used.
         side: of the views in pixels that the crops are meant for.
-
-    Returns:
-        `Objects`, sorted by photo, and {reason: how many are left out}; a `ProjectError` if all.
     """
     usable, left_out, chosen, photo_id = [], Counter(), [], None
     for number in sorted(paths):
@@ -75,7 +74,7 @@ def collect(coco, paths, labels, why_left_out, per_class, side):
                 left_out[reason] += 1
             else:
                 usable.append((number, annotation, labels[category["supercategory"]]))
-    for i in draw_balanced([label for *_, label in usable], per_class, seed=0):
+    for i in draw_balanced([label for *_, label in usable], per_class):
         number, annotation, label = usable[i]
         mask = coco.annToMask(annotation)
         if number != photo_id:
@@ -90,9 +89,9 @@ def collect(coco, paths, labels, why_left_out, per_class, side):
     return Objects(torch.stack(crops), *map(torch.tensor, numbers)), left_out
 
 
-def draw_balanced(labels, per_class, seed):
+def draw_balanced(labels, per_class):
     """Draw at most `per_class` of each label at random: sorted indices."""
-    order, labels = np.random.default_rng(seed).permutation(len(labels)), np.array(labels)
+    order, labels = np.random.default_rng(0).permutation(len(labels)), np.array(labels)
     return sorted(i for c in set(labels) for i in order[labels[order] == c][:per_class])
 
 
@@ -110,10 +109,9 @@ def read_stored(path, size):
 
 
 def cut_out(photo, mask, box, side):
-    """The surroundings of one object, ROOM * CONTEXT of its box's longer side.
+    """The surroundings of one object, ROOM * CONTEXT of its box's longer side: (4, side, side).
 
-    Takes a photo (H, W, 3) uint8, a mask (H, W) of 0 and 1, and a box: left, top, width, height.
-    Gives (4, side, side) uint8: RGB, gray outside of the photo, and the mask times 255.
+    From a photo (H, W, 3) uint8, a mask (H, W) of 0 and 1, and a box: left, top, width, height.
     """
     left, top, width, height = box
     half = ROOM * CONTEXT * max(width, height) / 2
@@ -140,16 +138,14 @@ def draw_poses(n, seed, angle, zoom, shift):
 def make_views(crops, poses, side, disc=False):
     """Look at crops (N, 4, S, S), see `cut_out`, through affine maps, in one resampling.
 
+    Gives images (N, 3, side, side) in [0, 1], and masks (N, side / 2, side / 2) bool: half the
+    resolution is fine enough to say where the object is.
+
     Args:
         poses: (N, 5): angle, degrees clockwise; zoom, a factor of the object's size, whose longer
             side is 1 / CONTEXT of the view's at 1; shift to the right and down, in sides of the
             view; and 1, or -1 to swap left and right before turning.
-        side: of the views in pixels.
         disc: whether all outside of the inscribed circle is gray, so that no corner tells an angle.
-
-    Returns:
-        images (N, 3, side, side) in [0, 1], and masks (N, side / 2, side / 2) bool: half the
-        resolution is fine enough to say where the object is.
     """
     angle, zoom, *_, mirror = poses.t()
     angle, scale = torch.deg2rad(angle), zoom * ROOM  # from the view to the crop

@@ -37,6 +37,7 @@ CIFAR_MD5 = "c58f30108f718f92721af3b95e74349a"
 WAITS, TIMEOUT = (0.5, 2), 20  # seconds between tries, and without a byte
 TOLERATED, TOLERATED_OWN = 27, 274  # of the sample's 549 photos; in the user's own folder
 DEPTH = 5  # folders below the one that is searched
+LEAST_SIDE = 64  # of a photo in pixels
 # What the paths of a data set's files end with
 PICTURE = r"[^./][^/]*\.(jpe?g|png)"
 CONTENT = r"[^./][^/]*\.(jpe?g|png|bmp|webp|tiff?|zip|gz|tar)"
@@ -61,41 +62,38 @@ class Source:
     folder: Path
 
     @property
-    def is_standin(self) -> bool:
+    def is_standin(self):
         return self.name == "stand-in"
 
     @functools.cached_property
-    def files(self) -> list[str]:
+    def files(self):
         """All in the folder and up to `DEPTH` folders deeper, relative to it."""
         levels = ["*/" * depth + "*" for depth in range(DEPTH + 1)]
         paths = (path for level in levels for path in self.folder.glob(level))
         return sorted(path.relative_to(self.folder).as_posix() for path in paths)
 
-    def matching(self, pattern: str) -> list[Path]:
+    def matching(self, pattern):
         """The files whose paths end with a pattern, outside of hidden folders."""
         whole = re.compile(rf"([^._][^/]*/)*({pattern})", re.IGNORECASE)
         return [self.folder / file for file in self.files if whole.fullmatch(file)]
 
     @functools.cached_property
-    def photos(self) -> dict[str, Path]:
+    def photos(self):
         """Photos by name, as COCO's are known by their 12 digits wherever they lie."""
         return {path.name: path for path in self.matching(PATTERNS[PHOTOS])}
 
 
 # --- finding --------------------------------------------------------------------------------------
-def find(
-    dataset: str, profile: str, folder: Path | None = None, mirror: str | None = None
-) -> Source:
-    """Choose where a data set comes from, and print the choice and its reason.
+def find(dataset, profile, folder=None, mirror=None):
+    """Choose where a data set comes from; print the choice and its reason, and give the `Source`.
+
+    A ProjectError where the user's folder holds pictures or archives in no layout that we read.
 
     Args:
         dataset: `CIFAR10`, `COCO` or `PHOTOS`.
         profile: "smoke" always takes the stand-in; "demo" downloads nothing.
         folder: the user's own data (`HW3_DATA`), looked into first.
         mirror: base address that replaces the official hosts (`HW3_MIRROR`).
-
-    Raises:
-        ProjectError: `folder` holds pictures or archives, but no data set in a layout we read.
     """
     places = {"HW3_DATA": folder, "data/": DATA, "download": None if profile == "demo" else DATA}
     for name, place in places.items():
@@ -112,14 +110,10 @@ def _holds(source, mirror):
     """Whether a data set is there or comes; an error for unknown pictures in the user's folder."""
     title, own = source.title, source.name == "HW3_DATA"
     if source.name == "download":
-        try:
-            _download(title, mirror)
-        except ProjectError as error:
-            print(f"{title}: {error}")
+        _download(title, mirror)
     known = source.matching(PATTERNS[title])
-    own_annotations = own and source.matching(ANNOTATIONS.format("val2017"))
-    whole = title == CIFAR10 or own and title == PHOTOS or own_annotations
-    missing = [] if whole else _missing(source)
+    whole = own and (title == PHOTOS or source.matching(ANNOTATIONS.format("val2017")))
+    missing = [] if whole or title == CIFAR10 else _missing(source)
     if known and len(missing) <= (TOLERATED_OWN if own else TOLERATED):
         return True
     content = source.matching(CONTENT)
@@ -137,14 +131,11 @@ def _holds(source, mirror):
 
 
 # --- downloading ----------------------------------------------------------------------------------
-def fetch(url: str, path: Path, check=len) -> None:
+def fetch(url, path, check=len):
     """Download a file whole or not at all, in three tries.
 
-    Args:
-        check: called with the bytes that arrived; raises an error if they are not right.
-
-    Raises:
-        ProjectError: with the reason that the server, the network, the check or the disk gave.
+    `check` is called with the bytes that arrived and raises an error if they are not right. A
+    ProjectError with the reason that the server, the network, the check or the disk gave.
     """
     for wait in (*WAITS, None):
         try:
@@ -162,24 +153,22 @@ def _download(title, mirror):
     """Fetch CIFAR-10's archive, or the photos of COCO's sample that are missing."""
     print(f"{title}: downloading into data/ (HW3_PROFILE=demo downloads nothing)")
     mirror = (mirror or "").rstrip("/")
+    host, folder, check = mirror or COCO_HOST, DATA / "coco", _check_photo
     if title == CIFAR10:
-        return fetch(f"{mirror or CIFAR_HOST}/~kriz/{ARCHIVE}", DATA / ARCHIVE, _check_md5)
+        host, folder, check = f"{mirror or CIFAR_HOST}/~kriz", DATA, _check_md5
+    names = [ARCHIVE] if title == CIFAR10 else _missing(Source(title, "data/", DATA))
     failures = []
 
-    def decode(content):
-        Image.open(io.BytesIO(content)).load()
-
-    def store(photo):
-        path = DATA / "coco" / photo
+    def store(name):
         # Another program may have been quicker; and where many fail, all will.
-        if len(failures) <= TOLERATED and not path.exists():
+        if len(failures) <= TOLERATED and not (folder / name).exists():
             try:
-                fetch(f"{mirror or COCO_HOST}/{photo}", path, decode)
+                fetch(f"{host}/{name}", folder / name, check)
             except ProjectError as error:
                 failures.append(error)
 
     with ThreadPoolExecutor(16) as pool:
-        list(pool.map(store, _missing(Source(title, "data/", DATA))))
+        list(pool.map(store, names))
     _report(title, failures)
 
 
@@ -188,9 +177,13 @@ def _check_md5(content):
         raise ValueError(f"wrong checksum of {len(content)} bytes")
 
 
+def _check_photo(content):
+    Image.open(io.BytesIO(content)).load()
+
+
 def _report(title, failures):
     if failures:
-        print(f"{title}: {len(failures)} images cannot be used, for instance: {failures[0]}")
+        print(f"{title}: {len(failures)} files cannot be used, for instance: {failures[0]}")
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -205,7 +198,7 @@ def _reading(path):
         raise ProjectError(f"{path} cannot be read: {error!r}") from error
 
 
-def read_image(path: Path) -> Image.Image:
+def read_image(path):
     """Read an image file as upright 8-bit RGB, transparent parts white; or a ProjectError."""
     with _reading(path), Image.open(path) as image:
         image = ImageOps.exif_transpose(image)
@@ -230,18 +223,15 @@ def _read_all(title, paths, read, limit=None):
             failures.append(error)
     _report(title, failures)
     if not results:
-        raise ProjectError(f"{title}: no image can be used; data/README.md says which are read.")
+        raise ProjectError(f"{title}: no file can be used; data/README.md says which are read.")
     return results
 
 
-def cifar10(source: Source, limit: int | None = None) -> dict[str, tuple]:
+def cifar10(source, limit=None):
     """CIFAR-10's airplanes (label 0) and automobiles (1), at most `limit` of each in a role.
 
-    Returns:
-        {"train": (images (N, 3, 32, 32) uint8, labels (N,) int64), "test": ...}.
-
-    Raises:
-        ProjectError: a damaged archive, or no image of a class.
+    Gives {"train": (images (N, 3, 32, 32) uint8, labels (N,) int64), "test": ...}; a ProjectError
+    for a damaged archive, or if a class has no image.
     """
     tensors, batches = {}, source.matching(BATCHES)
     for role in ("train", "test"):
@@ -250,11 +240,8 @@ def cifar10(source: Source, limit: int | None = None) -> dict[str, tuple]:
         elif batches:
             images, labels = _read_batches(batches[0], role)
         else:
-            paths = [
-                path
-                for kind in CIFAR_CLASSES
-                for path in source.matching(f"{role}/{kind}/{PICTURE}")[:limit]
-            ]
+            folders = (source.matching(f"{role}/{kind}/{PICTURE}") for kind in CIFAR_CLASSES)
+            paths = [path for folder in folders for path in folder[:limit]]
             images, labels = zip(*_read_all(f"{CIFAR10}, {role}", paths, _read_small))
         images, labels = torch.from_numpy(np.asarray(images)), torch.as_tensor(labels)
         chosen = torch.cat([torch.where(labels == label)[0][:limit] for label in (0, 1)])
@@ -296,14 +283,11 @@ def _missing(source):
     return [f"{split}/{name}" for split, name in photos if name not in source.photos]
 
 
-def coco(source: Source, split: str, limit: int | None = None) -> tuple:
+def coco(source, split, limit=None):
     """COCO's annotations ("train2017" or "val2017") of at most `limit` photos that are at hand.
 
-    Returns:
-        pycocotools' `COCO` of all that the annotations name, and {image id: path} of the photos.
-
-    Raises:
-        ProjectError: unreadable annotations, or too few of their photos.
+    Gives pycocotools' `COCO` of all that the annotations name, and {image id: path} of the photos;
+    a ProjectError for unreadable annotations, or too few of their photos.
     """
     from pycocotools.coco import COCO as Annotations  # only one notebook needs this library
 
@@ -325,44 +309,36 @@ def coco(source: Source, split: str, limit: int | None = None) -> tuple:
     return index, dict(list(paths.items())[:limit])
 
 
-def photos(
-    source: Source, role: str, limit: int | None, least_side: int = 64, seed: int = 0
-) -> list[Path]:
-    """At most `limit` photos of "train" or "test", drawn at random; none has both roles.
+def photos(source, role, limit):
+    """Paths of at most `limit` photos of "train" or "test", drawn at random; none has both roles.
 
-    Those that are unreadable or have a side below `least_side` pixels are left out and counted.
-
-    Raises:
-        ProjectError: if no photo is left.
+    Those that are unreadable or have a side below `LEAST_SIDE` pixels are left out and counted; a
+    ProjectError if none is left.
     """
 
     def check(path):
         with Image.open(path) as image:
-            if min(image.size) < least_side:
-                raise ValueError(f"a side is below {least_side} pixels")
+            if min(image.size) < LEAST_SIDE:
+                raise ValueError(f"a side is below {LEAST_SIDE} pixels")
         return path
 
     tests = {path.name for path in source.matching(TEST_PHOTO)}
     paths = [path for name, path in source.photos.items() if (name in tests) == (role == "test")]
-    np.random.default_rng(seed).shuffle(paths)
+    np.random.default_rng(0).shuffle(paths)
     return sorted(_read_all(f"{PHOTOS}, {role}", paths, check, limit))
 
 
 # --- splits ---------------------------------------------------------------------------------------
-def split(groups, share: float, seed: int, labels=None) -> tuple:
+def split(groups, share, seed, labels=None):
     """Split samples into training and validation, whole groups (such as photos) at a time.
+
+    Gives two sorted int64 index tensors without a common group; a ProjectError if one is empty.
 
     Args:
         groups: of each sample.
         share: of the groups that validate, in each class.
         seed: of the draw.
         labels: class of each sample; a group counts for its first sample's class.
-
-    Returns:
-        Two sorted int64 index tensors without a common group.
-
-    Raises:
-        ProjectError: if one of them would be empty.
     """
     names, first, group = np.unique(groups, return_index=True, return_inverse=True)
     classes = np.zeros(len(names)) if labels is None else np.asarray(labels)[first]

@@ -17,11 +17,10 @@ GIGABYTE = 1e9
 LEAST_MEMORY, LEAST_CAPABILITY = 7 * GIGABYTE, (7, 0)
 
 
-def choose(requested: str | None = None) -> torch.device:
+def choose(requested=None):
     """Choose CUDA where a kernel really runs there, else the CPU; print why a GPU is not used.
 
-    Args:
-        requested: "cpu" or "cuda" (`HW3_DEVICE`), or None.
+    `requested` is "cpu" or "cuda" (`HW3_DEVICE`), or None.
     """
     if requested == "cpu":
         return torch.device("cpu")
@@ -46,7 +45,7 @@ def choose(requested: str | None = None) -> torch.device:
     return device
 
 
-def profile_for(device: torch.device) -> str:
+def profile_for(device):
     """Name the profile that fits a device, "gpu" or "cpu"; print why a GPU does not get its own."""
     if device.type == "cpu":
         return "cpu"
@@ -62,7 +61,7 @@ def profile_for(device: torch.device) -> str:
     return "cpu"
 
 
-def autocast_type(device: torch.device, profile: str) -> torch.dtype | None:
+def autocast_type(device, profile):
     """The type of mixed precision in profile `gpu`; None is float32.
 
     bfloat16 convolutions are slow below capability 8.0, where PyTorch still calls the type
@@ -74,7 +73,7 @@ def autocast_type(device: torch.device, profile: str) -> torch.dtype | None:
     return torch.bfloat16 if newer else torch.float16
 
 
-def prepare() -> None:
+def prepare():
     """Set PyTorch up for runs that can be repeated."""
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
@@ -88,7 +87,7 @@ def prepare() -> None:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap is kept while the process runs
 
 
-def machine(device: torch.device) -> str:
+def machine(device):
     """One line on the hardware, for results and timings."""
     if device.type != "cpu":
         return torch.cuda.get_device_name(device)
@@ -99,7 +98,7 @@ def machine(device: torch.device) -> str:
     return f"{name}, {torch.get_num_threads()} threads"
 
 
-def seed_everything(seed: int) -> None:
+def seed_everything(seed):
     """Seed Python, NumPy and PyTorch (all devices)."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -109,10 +108,10 @@ def seed_everything(seed: int) -> None:
 class Stopwatch:
     """Seconds since it was made or since the last `lap`, the device's work included."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device):
         self.device, self.began = device, time.perf_counter()
 
-    def lap(self) -> float:
+    def lap(self):
         if self.device.type != "cpu":  # without waiting, a GPU's clock stops too early
             torch.cuda.synchronize(self.device)
         now = time.perf_counter()

@@ -18,25 +18,23 @@ their weighted copies, before it adds them up. Here
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from src import ProjectError
 
-PIECE = {"cpu": 2**19, "cuda": 2**26}  # numbers sampled at once; 2 MB on a CPU: a core's cache
+PIECE, PIECE_ON_GPU = 2**19, 2**26  # numbers sampled at once; 2 MB: the cache of a processor
 
 
-def slices(first: int, stop: int, size: int) -> Iterator[slice]:
+def slices(first, stop, size):
     """Cut range(first, stop) into slices of `size`, the last one shorter."""
     size = max(1, size)
     return (slice(i, min(i + size, stop)) for i in range(first, stop, size))
 
 
-def side_by_side(function: Callable[[slice], object], images: int, device: torch.device) -> list:
+def side_by_side(function, images, device):
     """Results of function(slice) for shares of the images: on a CPU, one share for each thread."""
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     shares = min(threads, images)
@@ -45,7 +43,7 @@ def side_by_side(function: Callable[[slice], object], images: int, device: torch
 
     inference = torch.is_inference_mode_enabled()  # new threads do not know of it
 
-    def alone(share: slice):
+    def alone(share):
         torch.set_num_threads(1)
         with torch.inference_mode(inference), torch.no_grad():
             return function(share)
@@ -58,29 +56,17 @@ def side_by_side(function: Callable[[slice], object], images: int, device: torch
         torch.set_num_threads(threads)  # some of the libraries below know one number only
 
 
-def corner_rows(base: Tensor, row: int, rows: int) -> Tensor:
-    """Give the four neighbors of every sample of a few images.
+def corner_rows(base, row, rows):
+    """The rows (B * P * K, 4) that every sample of a few images reads, in one table of them all.
 
-    Args:
-        base: (B, P, K), the upper left neighbors.
-        row: rows of the table per row of the image.
-        rows: of the table per image.
-
-    Returns:
-        (B * P * K, 4): rows of the images' tables, one below the other.
+    `base` (B, P, K) are the upper left neighbors in the table of each image, which has `rows` rows
+    in all and `row` for each row of the image.
     """
     images = torch.arange(len(base), dtype=base.dtype, device=base.device) * rows
-    right, below = base.new_ones(()), base.new_full((), row)
-    steps = torch.stack([right - right, right, below, below + right])
-    return (base + images[:, None, None]).reshape(-1, 1) + steps
+    return (base + images[:, None, None]).reshape(-1, 1) + base.new_tensor([0, 1, row, row + 1])
 
 
-def sample(table: Tensor, corners: Tensor, weight: Tensor) -> Tensor:
-    """Sample a table (R, C) at corners (samples, 4) with weights (samples, 4) -> (samples, C)."""
-    return F.embedding_bag(corners, table, mode="sum", per_sample_weights=weight)
-
-
-def corner_products(by_sample: Tensor, table: Tensor, corners: Tensor) -> Tensor:
+def corner_products(by_sample, table, corners):
     """Scalar products of samples (n, C) with a table's rows at their corners (n, 4) -> (n, 4)."""
     if table.device.type != "cpu":
         rows = (table.index_select(0, corner) for corner in corners.t())
@@ -100,103 +86,96 @@ def corner_products(by_sample: Tensor, table: Tensor, corners: Tensor) -> Tensor
     return product.values().view(-1, 4)
 
 
-def pixel_sums(by_sample: Tensor, corners: Tensor, weight: Tensor, rows: int) -> Tensor:
+def pixel_sums(by_sample, corners, weights, rows):
     """Add up, for every row of a table, the weighted samples that read it -> (rows, C)."""
     keys, order = corners.view(-1).sort()
     every_row = torch.arange(rows, dtype=keys.dtype, device=keys.device)
+    samples, weights = order.div(4, rounding_mode="floor"), weights.view(-1)[order]
     starts = torch.searchsorted(keys, every_row)
-    samples = order.div(4, rounding_mode="floor")
-    weights = weight.view(-1)[order]
     return F.embedding_bag(samples, by_sample, starts, mode="sum", per_sample_weights=weights)
 
 
-def piece_size(table: Tensor, taps: int) -> int:
-    """How many positions are sampled at once."""
-    return max(
-        64, PIECE["cpu" if table.device.type == "cpu" else "cuda"] // (taps * table.shape[3])
-    )
+def piece_size(pixels, taps):
+    """How many positions are sampled at once from a table (..., C)."""
+    piece = PIECE if pixels.device.type == "cpu" else PIECE_ON_GPU
+    return max(64, piece // (taps * pixels.shape[-1]))
 
 
-def blocks(share: slice, table: Tensor, base: Tensor, row: int, size: int) -> Iterator:
-    """Take a few images at a time, of about `size` positions, and their sections one by one.
+def blocks(share, table, base, weight, row):
+    """Take a few images of a share at a time, and their sections one by one.
 
-    Yields:
-        The images, the section, its offset group, its table (B * R, C), `corner_rows` of both.
+    Yields the images, the section, its offset group, its table (B * R, C), and the corners that are
+    read there, (B * P * K, 4), with their weights.
     """
     sections, rows, channels = table.shape[1:]
-    for images in slices(share.start, share.stop, size // max(1, base.shape[2])):
+    size = piece_size(table, base.shape[3]) // max(1, base.shape[2])
+    for images in slices(share.start, share.stop, size):
         for s in range(sections):
             g = s * base.shape[1] // sections
-            pixels = table[images, s].reshape(-1, channels)
-            yield images, s, g, pixels, corner_rows(base[images, g], row, rows)
+            corners = corner_rows(base[images, g], row, rows)
+            pixels, weights = table[images, s].reshape(-1, channels), weight[images, g]
+            yield images, s, g, pixels, corners, weights.reshape(-1, 4)
+
+
+def columns(pixels, corners, weights, taps):
+    """Sample a table piece by piece: yields a slice of the positions, and their (p, K * C)."""
+    for part in slices(0, len(corners) // taps, piece_size(pixels, taps)):
+        samples = slice(part.start * taps, part.stop * taps)
+        sampled = F.embedding_bag(
+            corners[samples], pixels, mode="sum", per_sample_weights=weights[samples]
+        )
+        yield part, sampled.view(part.stop - part.start, -1)
 
 
 class SampledProduct(torch.autograd.Function):
     """Samples of a table times a kernel, with an explicit gradient, for float32 and float64.
 
-    Args:
-        table: (N, S, R, C), R rows of C channels per image and section.
-        base, weight: (N, G, P, K) and (N, G, P, K, 4), see `bilinear_corners` in the notebook; G
-            divides S.
-        kernel: (S, K * C, O / groups).
-        row: rows of the table per row of the image.
-        groups: of the convolution, dividing S.
-        reference: computes the same from the same arguments in differentiable operations.
-
-    Returns:
-        (N, groups, O / groups, P).
+    Arguments and result are those of `reference`, the notebook's `sampled_product`, which computes
+    the same in differentiable operations.
     """
 
     @staticmethod
-    def forward(ctx, table, base, weight, kernel, row, groups, reference: Callable):
+    def forward(ctx, table, base, weight, kernel, row, groups, reference):
         ctx.save_for_backward(table, base, weight, kernel)
         ctx.row, ctx.groups, ctx.reference = row, groups, reference
         batch, _, positions, taps = base.shape
-        out = table.new_zeros(groups, batch * positions, kernel.shape[2])
-        size = piece_size(table, taps)
+        out = table.new_zeros(groups, batch, positions, kernel.shape[2])
 
-        def compute(share: slice) -> None:
-            for images, s, g, pixels, corners in blocks(share, table, base, row, size):
-                weights = weight[images, g].reshape(-1, 4)
-                place = slice(images.start * positions, images.stop * positions)
-                result = out[s * groups // len(kernel), place]
-                for part in slices(0, len(result), size):
-                    samples = slice(part.start * taps, part.stop * taps)
-                    columns = sample(pixels, corners[samples], weights[samples])
-                    result[part].addmm_(columns.view(len(columns) // taps, -1), kernel[s])
+        def compute(share):
+            for images, s, _, *samples in blocks(share, table, base, weight, row):
+                result = out[s * groups // len(kernel), images].view(-1, kernel.shape[2])
+                for part, sampled in columns(*samples, taps):
+                    result[part].addmm_(sampled, kernel[s])
 
         side_by_side(compute, batch, table.device)
-        return out.view(groups, batch, positions, kernel.shape[2]).permute(1, 0, 3, 2)
+        return out.permute(1, 0, 3, 2)
 
     @staticmethod
     def backward(ctx, grad):
-        table, base, weight, kernel = ctx.saved_tensors
+        tensors, (row, groups) = ctx.saved_tensors, (ctx.row, ctx.groups)
         with torch.autocast(grad.device.type, enabled=False):  # it may be on where this is called
             if torch.is_grad_enabled():  # derivatives of the gradients are asked for, too
-                wanted = ctx.needs_input_grad
-                inputs = [x for x, asked in zip((table, base, weight, kernel), wanted) if asked]
-                out = ctx.reference(table, base, weight, kernel, ctx.row, ctx.groups)
+                wanted = ctx.needs_input_grad[:4]
+                inputs = [x for x, asked in zip(tensors, wanted) if asked]
+                out = ctx.reference(*tensors, row, groups)
                 grads = iter(torch.autograd.grad(out, inputs, grad, create_graph=True))
-                return *(next(grads) if asked else None for asked in wanted[:4]), None, None, None
-            grads = gradients(table, base, weight, kernel, grad, ctx.row, ctx.groups)
-        return grads[0], None, *grads[1:], None, None, None
+                return *(next(grads) if asked else None for asked in wanted), None, None, None
+            grad_table, *others = gradients(*tensors, grad, row, groups)
+        return grad_table, None, *others, None, None, None
 
 
-def gradients(table, base, weight, kernel, grad, row, groups) -> tuple[Tensor, Tensor, Tensor]:
+def gradients(table, base, weight, kernel, grad, row, groups):
     """The gradients of table, weight and kernel, given that of the result; see `SampledProduct`."""
     batch, _, positions, taps = base.shape
     grad_table, grad_weight = torch.empty_like(table), torch.zeros_like(weight)
-    size = piece_size(table, taps)
 
-    def compute(share: slice) -> Tensor:
+    def compute(share):
         grad_kernel = torch.zeros_like(kernel)
-        for images, s, g, pixels, corners in blocks(share, table, base, row, size):
-            weights = weight[images, g].reshape(-1, 4)
+        for images, s, g, *samples in blocks(share, table, base, weight, row):
+            pixels, corners, weights = samples
             of_result = grad[images, s * groups // len(kernel)].transpose(1, 2).flatten(0, 1)
-            for part in slices(0, len(of_result), size):  # (B * P, O / groups)
-                samples = slice(part.start * taps, part.stop * taps)
-                columns = sample(pixels, corners[samples], weights[samples])
-                grad_kernel[s].addmm_(columns.view(len(columns) // taps, -1).t(), of_result[part])
+            for part, sampled in columns(*samples, taps):
+                grad_kernel[s].addmm_(sampled.t(), of_result[part])  # (B * P, O / groups)
             by_sample = (of_result @ kernel[s].t()).view(len(corners), -1)
             products = corner_products(by_sample, pixels, corners)
             grad_weight[images, g] += products.view(-1, positions, taps, 4)
@@ -209,22 +188,21 @@ def gradients(table, base, weight, kernel, grad, row, groups) -> tuple[Tensor, T
 
 
 # --- what the operator needs besides --------------------------------------------------------------
-def is_autocast(kind: str) -> bool:
+def is_autocast(kind):
     """Whether autocast is on for a type of device."""
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
-def output_size(input: Tensor, weight: Tensor, *place: tuple[int, int]) -> tuple[int, ...]:
+def output_size(input, weight, *place):
     """The output's size (H', W') of a convolution with this stride, padding and dilation."""
     axes = zip(input.shape[2:], weight.shape[2:], *place)
     return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in axes)
 
 
-def check_arguments(input, offset, weight, mask, size: tuple[int, ...]) -> None:
+def check_arguments(input, offset, weight, mask, size):
     """Check that the arguments of `deform_conv2d` fit each other and the output's size (H', W').
 
-    Raises:
-        ProjectError: names the argument that does not fit.
+    A ProjectError names the argument that does not fit.
     """
     channels, (outputs, share, *kernel_size) = input.shape[1], weight.shape
     if not share or channels % share or outputs % (channels // share):

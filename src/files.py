@@ -3,7 +3,6 @@
 import contextlib
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from src import ProjectError
@@ -12,12 +11,11 @@ WAITS = (0.1, 0.5, 2, 5)  # seconds; virus scanners and synchronized folders hol
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path):
     """Give a temporary path beside `path`, which takes its place when the block ends well.
 
-    Raises:
-        ProjectError: with the system's own reason. The old file stays; where only the last step is
-            refused, the new content stays beside it.
+    A ProjectError with the system's own reason if it cannot be written. The old file stays; where
+    only the last step is refused, the new content stays beside it.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -33,7 +31,7 @@ def replacing(path: Path) -> Iterator[Path]:
     _replace(temporary, path)
 
 
-def _replace(temporary: Path, path: Path) -> None:
+def _replace(temporary, path):
     for wait in (*WAITS, None):
         try:
             return os.replace(temporary, path)
@@ -46,12 +44,12 @@ def _replace(temporary: Path, path: Path) -> None:
             time.sleep(wait)
 
 
-def _remove(path: Path) -> None:
+def _remove(path):
     with contextlib.suppress(OSError):
         path.unlink(missing_ok=True)
 
 
-def write_whole(path: Path, content: bytes | str) -> None:
+def write_whole(path, content):
     """Write a file in one step; text as UTF-8 with line feeds on every system."""
     with replacing(path) as temporary:
         temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)

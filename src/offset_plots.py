@@ -15,15 +15,9 @@ TAPS = torch.cartesian_prod(*2 * [torch.arange(-1.0, 2)])  # the regular grid (9
 def fitted_map(fields, inside):
     """The turn with a zoom that comes nearest to the mean offsets inside an object.
 
-    A least-squares fit of p + mean offset = a p over the taps p, as complex numbers.
-
-    Args:
-        fields: (B, 18, s, s).
-        inside: (B, s, s) bool.
-
-    Returns:
-        a (B,), complex: its angle is clockwise, its absolute value the zoom; 1 for zero offsets,
-        NaN where no position is inside.
+    A least-squares fit of p + mean offset = a p over the taps p, as complex numbers, to fields
+    (B, 18, s, s) where `inside` (B, s, s) is true. Gives a (B,), complex: its angle is clockwise,
+    its absolute value the zoom; 1 for zero offsets, NaN where no position is inside.
     """
     mean = (fields * inside[:, None]).sum((2, 3)) / inside.sum((1, 2))[:, None]
     mean, taps = (torch.view_as_complex(x.view(-1, 9, 2)) for x in (mean, TAPS.to(mean)))
@@ -60,26 +54,4 @@ def pictures(images, masks, titles, fields=None, columns=4):
                 start, scale = TAPS + torch.stack([y, x]) + 0.5, side / fields.shape[-1]
                 end = start + fields[i, :, y, x].view(9, 2)
                 arrows(ax, scale * start - 0.5, scale * end - 0.5, color)
-    return fig
-
-
-def grids(positions_of):
-    """Draw three grids of nine points around the position (4, 4) of a map of 9 × 9.
-
-    Args:
-        positions_of: called with offsets (1, 18, 9, 9); gives y and x (1, 1, 81, 9).
-    """
-    offsets = {
-        "ordinary: fixed beforehand": 0 * TAPS,
-        "static: the same for all positions": 0.7 * TAPS,
-        "deformable: chosen by content": torch.sin(torch.arange(18.0)).view(9, 2),
-    }
-    fig, axes = plt.subplots(1, 3, figsize=(10, 3.6))
-    for ax, (title, offset) in zip(axes, offsets.items()):
-        end = torch.stack(positions_of(offset.view(1, 18, 1, 1).expand(1, 18, 9, 9)), dim=-1)
-        arrows(ax, TAPS + 4, end[0, 0, 40], show.COLORS[4])
-        ax.plot(*(TAPS + 4).t(), "o", fillstyle="none")
-        ax.plot(4, 4, "s", markersize=14, fillstyle="none")
-        ax.set(title=title, xlabel="column (pixels)", ylabel="row (pixels)")
-        ax.axis((0, 8, 8, 0))
     return fig

@@ -9,28 +9,23 @@ from multiprocessing.pool import ThreadPool
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
+# 15 starting points without any estimate, (15, 4): five angles times three factors
+ANGLES, FACTORS = torch.tensor([-32.0, -16, 0, 16, 32]), torch.tensor([0.75, 1, 1.33])
+STARTS = F.pad(torch.cartesian_prod(ANGLES, FACTORS.log()), (2, 0))
 LEVELS = ((4, 8, 2), (2, 6, 1), (1, 4, 1))  # reduction, steps, starts that go on, coarse to fine
 LEAST_OVERLAP = 0.15  # share of image 1 below which an alignment does not count
 LARGEST = 0.9999  # correlation, whose transform would be infinite at 1
 ROUNDING = 0.5  # variance of gray levels below which a patch counts as flat
 
 
-def fixed_starts(n: int) -> Tensor:
-    """15 starting points without any estimate, (n, 15, 4): five angles times three factors."""
-    angles, factors = torch.tensor([-32.0, -16, 0, 16, 32]), torch.tensor([0.75, 1, 1.33]).log()
-    turned = torch.cartesian_prod(angles, factors)
-    return F.pad(turned, (2, 0)).expand(n, 15, 4)
-
-
-def log_strengths(changes: Tensor) -> Tensor:
+def log_strengths(changes):
     """Logarithms (N, 3) of the strengths of changes (N, 4): pixels, degrees, ln factor."""
     strengths = torch.cat([changes[:, :2].norm(dim=1, keepdim=True), changes[:, 2:].abs()], dim=1)
     return strengths.clamp_min(1e-6).log()
 
 
-def positions(changes: Tensor, n: int) -> Tensor:
+def positions(changes, n):
     """Where the pixels of image 1 lie in image 2, (N, n, n, 2), from -1 to 1 inside of it."""
     dx, dy, angle, log_factor = changes.unbind(dim=1)
     cos, sin = (f(torch.deg2rad(angle)) * log_factor.exp() for f in (torch.cos, torch.sin))
@@ -38,29 +33,23 @@ def positions(changes: Tensor, n: int) -> Tensor:
     return F.affine_grid(theta, (len(changes), 1, n, n), align_corners=False)
 
 
-def align(first: Tensor, second: Tensor, starts: Tensor):
-    """Align pairs from several starting points each, from coarse to fine.
+def align(first, second):
+    """Align pairs of RGB images (N, 3, S, S), uint8, on their device, from coarse to fine.
 
-    Args:
-        first, second: RGB images (N, 3, S, S), uint8; it is computed where they are.
-        starts: changes (N, K, 4), in pixels of these images.
-
-    Returns:
-        For each pair the changes (N, 4) with the highest score, and that score (N,), on the CPU:
-        Fisher's transform of the correlation of what both show, times the root of that overlap.
+    Gives for each pair the changes (N, 4) with the highest score, and that score (N,), on the CPU:
+    Fisher's transform of the correlation of what both show, times the root of that overlap.
     """
     threads = torch.get_num_threads()
     # Many short operations share their work badly: each batch gets a thread of its own instead.
     with ThreadPool(threads, torch.set_num_threads, (1,)) as pool:
-        batches = zip(*(x.split(50) for x in (first, second, starts)))
-        results = pool.starmap(_align_batch, batches)
+        results = pool.starmap(_align_batch, zip(first.split(50), second.split(50)))
     torch.set_num_threads(threads)
     return tuple(map(torch.cat, zip(*results)))
 
 
 @torch.inference_mode()
-def _align_batch(first, second, changes):
-    changes = changes.to(first.device)
+def _align_batch(first, second):
+    changes = STARTS.expand(len(first), -1, 4).to(first.device)
     for factor, steps, finalists in LEVELS:
         n, each = changes.shape[:2]
         unit = changes.new_tensor([factor, factor, 1, 1])
@@ -96,11 +85,7 @@ def _step(first, stack, changes):
 
     Least squares (Lucas and Kanade 1981; Baker and Matthews 2004) with a gain and a shift of
     brightness: image 1 = gain * (image 2 + gradient * movement) + shift, linear in six unknowns.
-
-    Args:
-        first: (N, 1, n, n).
-        stack: image 2 and its derivatives across and down, (N, 3, n, n).
-        changes: (N, 4), in pixels of these images.
+    `stack` holds image 2 and its derivatives across and down, (N, 3, n, n).
     """
     n = first.shape[-1]
     arm = n / 4  # turns angle and scale into pixels

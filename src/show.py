@@ -2,7 +2,6 @@
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -17,7 +16,7 @@ LINES = ("-", "--", ":", "-.")
 STANDIN_MARK = "STAND-IN DATA: says nothing about the real data"
 
 
-def setup() -> None:
+def setup():
     """Set the style of all figures."""
     matplotlib.rcParams.update(
         {
@@ -36,14 +35,11 @@ def setup() -> None:
     )
 
 
-def display_figure(fig, caption: str, alt: str, standin: bool = False) -> None:
-    """Display a figure as PNG with alt text, its caption below, and close it.
+def display_figure(fig, caption, alt, standin=False):
+    """Display a figure as PNG with a caption in markdown below, and close it.
 
-    Args:
-        fig: a matplotlib figure.
-        caption: markdown below the figure.
-        alt: what the figure shows, for readers who do not see it.
-        standin: whether the figure carries the mark of the stand-in data.
+    `alt` says what the figure shows, for readers who do not see it; `standin`, whether it carries
+    the mark of the stand-in data.
     """
     if standin:
         alt = f"{STANDIN_MARK}. {alt}"
@@ -61,11 +57,11 @@ def display_figure(fig, caption: str, alt: str, standin: bool = False) -> None:
 
 def curves(
     ax,
-    series: Mapping[str, Sequence[float]],
-    title: str,
-    ylabel: str,
-    best_epoch: int | None = None,
-    colors: Sequence[str] = COLORS,
+    series,
+    title,
+    ylabel,
+    best_epoch=None,
+    colors=COLORS,
 ):
     """Draw one line per entry of {label: values per epoch} and mark the epoch that was kept."""
     for i, (label, values) in enumerate(series.items()):
@@ -80,7 +76,7 @@ def curves(
     return ax
 
 
-def picture(ax, image, title: str = ""):
+def picture(ax, image, title=""):
     """Draw one RGB image, uint8 (3, H, W) or (H, W, 3), without axes."""
     image = np.asarray(image)
     ax.imshow(image.transpose(1, 2, 0) if image.shape[0] == 3 else image, interpolation="nearest")

@@ -42,11 +42,10 @@ def _paint(rng, height, width, outlines):
     return Image.blend(image, grain, rng.uniform(0.1, 0.3))
 
 
-def draw_cifar(per_class: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def draw_cifar(per_class, seed):
     """Draw airplanes at any angle (label 0), then automobiles on their wheels (label 1).
 
-    Returns:
-        Images (2 * per_class, 32, 32, 3) uint8 and labels (2 * per_class,) int64.
+    Gives images (2 * per_class, 32, 32, 3) uint8 and labels (2 * per_class,) int64.
     """
     rng, images = np.random.default_rng(seed), []
     for category, tilt in ((5, np.pi), (3, 0.25)):
@@ -56,7 +55,7 @@ def draw_cifar(per_class: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return np.stack(images), np.repeat([0, 1], per_class)
 
 
-def draw_scene(number: int) -> tuple[Image.Image, list[dict]]:
+def draw_scene(number):
     """Draw six objects that do not overlap; the image, and COCO's annotations of them."""
     rng, annotations, outlines = np.random.default_rng(number), [], []
     for cell in np.ndindex(3, 2):
@@ -78,7 +77,7 @@ def draw_scene(number: int) -> tuple[Image.Image, list[dict]]:
 
 
 @functools.cache
-def coco_folder() -> tempfile.TemporaryDirectory:
+def coco_folder():
     """Draw scenes into a folder laid out as COCO, which goes when the program ends."""
     folder = tempfile.TemporaryDirectory(prefix="standin-")
     keys = "id", "name", "supercategory"
@@ -94,5 +93,6 @@ def coco_folder() -> tempfile.TemporaryDirectory:
             images.append({"id": number, "file_name": name} | size)
             objects += annotations
         content = {"images": images, "annotations": objects, "categories": categories}
-        path.with_name(f"instances_{split}.json").write_text(json.dumps(content))
+        path = path.with_name(f"instances_{split}.json")
+        path.write_text(json.dumps(content), encoding="utf-8")
     return folder

@@ -7,20 +7,18 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from IPython import get_ipython
-from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from src import ROOT, ProjectError
 from src.device import Stopwatch, seed_everything
 from src.files import write_whole
-from src.run import Run, executed_cells
+from src.run import executed_cells
 
 CHECKPOINTS = ROOT / "data" / "checkpoints"
 
@@ -31,14 +29,14 @@ class Means:
     def __init__(self):
         self.sums, self.n = defaultdict(float), 0
 
-    def add(self, n: int, **values) -> None:
+    def add(self, n, **values):
         """Add the means over n samples, floats or tensors with one element."""
         for name, value in values.items():
             value = value.detach().float() if torch.is_tensor(value) else value
             self.sums[name] = self.sums[name] + value * n
         self.n += n
 
-    def result(self) -> dict[str, float]:
+    def result(self):
         return {name: float(total) / self.n for name, total in self.sums.items()}
 
 
@@ -50,11 +48,11 @@ class History:
     best_epoch: int = 0  # counted from 1, chosen on validation
 
     @property
-    def seconds(self) -> float:
+    def seconds(self):
         """Training and validation together."""
         return sum(epoch["seconds"] for epoch in self.epochs)
 
-    def column(self, name: str) -> list[float]:
+    def column(self, name):
         return [epoch.get(name, math.nan) for epoch in self.epochs]
 
 
@@ -77,7 +75,7 @@ class Training:
     Args:
         name: of the training, in progress bars and for its checkpoint.
         network: ends with the weights of the best epoch, in evaluation mode.
-        groups: (module or parameters, peak learning rate) each; frozen parameters are left out.
+        groups: (module, peak learning rate) each; frozen parameters are left out.
         steps: of the whole training.
         run: gives device, precision and what the checkpoint depends on.
         seed: of this training.
@@ -88,31 +86,20 @@ class Training:
     """
 
     def __init__(
-        self,
-        name: str,
-        network: nn.Module,
-        groups: Sequence[tuple[nn.Module | Iterable[nn.Parameter], float]],
-        steps: int,
-        run: Run,
-        *,
-        seed: int = 0,
-        weight_decay: float = 0.0,
-        warmup: float = 0.25,
-        ema_decay: float | None = None,
+        self, name, network, groups, steps, run, seed=0, weight_decay=0.0, warmup=0.25, ema_decay=0
     ):
         self.name, self.network, self.run, self.seed, self.steps = name, network, run, seed, steps
-        decaying = []
-        for group, lr in groups:
-            parameters = group.parameters() if isinstance(group, nn.Module) else group
-            trained = [p for p in parameters if p.requires_grad]
-            for decay, chosen in (
-                (weight_decay, [p for p in trained if p.ndim > 1]),
-                (0.0, [p for p in trained if p.ndim <= 1]),
-            ):
-                if chosen:
-                    decaying.append({"params": chosen, "lr": lr, "weight_decay": decay})
-        rates = [group["lr"] for group in decaying]
-        self.optimizer = torch.optim.AdamW(decaying, fused=True)  # one pass over all parameters
+        chosen = []
+        for module, lr in groups:
+            for decays in (True, False):
+                some = [
+                    p for p in module.parameters() if p.requires_grad and (p.ndim > 1) == decays
+                ]
+                if some:
+                    decay = weight_decay * decays
+                    chosen.append({"params": some, "lr": lr, "weight_decay": decay})
+        rates = [group["lr"] for group in chosen]
+        self.optimizer = torch.optim.AdamW(chosen, fused=True)  # one pass over all parameters
         self.scheduler = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer,
             rates,
@@ -122,29 +109,19 @@ class Training:
         )
         half = run.autocast == torch.float16  # whose small gradients would vanish
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=half)
-        self.average = (
-            AveragedModel(network, multi_avg_fn=_ema(ema_decay), use_buffers=True)
-            if ema_decay
-            else None
-        )
+        self.average = None
+        if ema_decay:
+            rule = _ema(ema_decay)
+            self.average = AveragedModel(network, multi_avg_fn=rule, use_buffers=True)
         self.history, self.best, self.done = History(), None, 0
-        parts = [run.profile, run.config, run.source, run.device, run.autocast, run.src]
-        parts += [
-            torch.__version__,
-            executed_cells(),
-            name,
-            seed,
-            steps,
-            rates,
-            weight_decay,
-            warmup,
-            ema_decay,
-        ]
+        parts = [run.profile, run.config, run.source, run.device, run.autocast, run.src, name, seed]
+        parts += [torch.__version__, executed_cells()]
+        parts += [steps, rates, weight_decay, warmup, ema_decay]
         self.identity = hashlib.sha256(repr(parts).encode()).hexdigest()
         label = re.sub(r"\W+", "_", f"{run.name}_{run.profile}_{name}_{seed}")
         self.checkpoint = CHECKPOINTS / f"{label}.pt"
 
-    def epochs(self, n: int) -> Iterator[int]:
+    def epochs(self, n):
         """Count the epochs from 0 to n - 1, going on where an interrupted run stopped."""
         self._resume()
         for epoch in range(len(self.history.epochs), n):
@@ -157,13 +134,13 @@ class Training:
         self.network.eval()
         self.checkpoint.unlink(missing_ok=True)
 
-    def bar(self, batches: Iterable) -> Iterable:
+    def bar(self, batches):
         """The batches, with a progress bar for people who watch."""
         label = f"{self.name}: epoch {len(self.history.epochs) + 1}"
         quiet = False if get_ipython() else None  # None: where standard error is no terminal
         return tqdm(batches, desc=label, leave=False, mininterval=0.5, disable=quiet)
 
-    def step(self, loss: Tensor, n: int, **means) -> None:
+    def step(self, loss, n, **means):
         """Take an optimization step down the loss, a mean over n samples; average further means."""
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
@@ -178,7 +155,7 @@ class Training:
         self.done += 1
 
     @contextlib.contextmanager
-    def validating(self) -> Iterator[None]:
+    def validating(self):
         """Evaluation mode without gradients, in the run's precision, with the averaged weights."""
         own = _copy(self.network) if self.average else None
         if self.average:
@@ -192,13 +169,11 @@ class Training:
                 self.network.load_state_dict(own)
             self.network.train()
 
-    def end_epoch(self, **validation) -> None:
+    def end_epoch(self, **validation):
         """Note the epoch's means and validation, keep the best one by `loss`, write a checkpoint.
 
-        Without a validation loss, the last epoch is kept.
-
-        Raises:
-            ProjectError: if a training mean is not a finite number.
+        Without a validation loss, the last epoch is kept. A ProjectError if a training mean is not
+        a finite number.
         """
         row = {f"train_{key}": value for key, value in self.means.result().items()}
         for key, value in row.items():
@@ -220,12 +195,11 @@ class Training:
         if not self.last:
             self._write()
 
-    def _parts(self) -> dict:
-        everything = {"optimizer": self.optimizer, "scheduler": self.scheduler}
-        everything |= {"scaler": self.scaler, "network": self.network}
-        return everything | ({"average": self.average} if self.average else {})
+    def _parts(self):
+        names = "optimizer", "scheduler", "scaler", "network", "average"
+        return {name: part for name in names if (part := getattr(self, name)) is not None}
 
-    def _write(self) -> None:
+    def _write(self):
         content = {key: part.state_dict() for key, part in self._parts().items()}
         content |= {"identity": self.identity, "best": self.best, "done": self.done}
         try:
@@ -233,35 +207,30 @@ class Training:
         except ProjectError as error:  # no reason to end a training
             print(f"{self.name}: goes on without a checkpoint. {error}")
 
-    def _resume(self) -> None:
+    def _resume(self):
         if not self.checkpoint.is_file():
             return
         try:
             saved = torch.load(self.checkpoint, map_location=self.run.device, weights_only=True)
             changed = saved["identity"] != self.identity
+            fresh = "code, configuration or data have changed" if changed else ""
         except Exception as error:  # torch.load raises many kinds; a broken file stops no training
-            print(
-                f"{self.name}: starts afresh, its checkpoint is damaged ({type(error).__name__})."
-            )
-            return
-        if changed:
-            print(f"{self.name}: starts afresh, as code, configuration or data have changed.")
+            fresh = f"its checkpoint is damaged ({type(error).__name__})"
+        if fresh:
+            print(f"{self.name}: starts afresh, as {fresh}.")
             return
         for key, part in self._parts().items():
             part.load_state_dict(saved[key])
-        self.history, self.best, self.done = (
-            History(**saved["history"]),
-            saved["best"],
-            saved["done"],
-        )
+        self.history = History(**saved["history"])
+        self.best, self.done = saved["best"], saved["done"]
         print(f"{self.name}: goes on after epoch {len(self.history.epochs)}, where it stopped.")
 
 
-def _ema(decay: float):
+def _ema(decay):
     """The rule of an exponential average; quick at first, when few weights have been seen."""
 
     @torch.no_grad()
-    def update(averages: list[Tensor], values: list[Tensor], n) -> None:
+    def update(averages, values, n):
         weight = 1 - min(decay, (1 + int(n)) / (10 + int(n)))
         for average, value in zip(averages, values):
             average.lerp_(value, weight) if average.is_floating_point() else average.copy_(value)
@@ -269,40 +238,34 @@ def _ema(decay: float):
     return update
 
 
-def _copy(network: nn.Module) -> dict[str, Tensor]:
+def _copy(network):
     return {key: value.detach().clone() for key, value in network.state_dict().items()}
 
 
-def _bytes(content) -> bytes:
+def _bytes(content):
     buffer = io.BytesIO()
     torch.save(content, buffer)
     return buffer.getvalue()
 
 
 # --- models ---------------------------------------------------------------------------------------
-def save_model(network: nn.Module, path: Path, config=None) -> None:
+def save_model(network, path, config=None):
     """Save a network's weights with the configuration (a dataclass) that builds it.
 
     Matrices and kernels are stored as float16: half the size, float32 again when loaded. Vectors
     stay float32: they are small, and a BatchNorm's variance can pass float16's range.
     """
-    state = {
-        key: (value.half() if value.is_floating_point() and value.ndim > 1 else value).cpu()
-        for key, value in network.state_dict().items()
-    }
+    state = {key: value.cpu() for key, value in network.state_dict().items()}
+    state = {k: v.half() if v.is_floating_point() and v.ndim > 1 else v for k, v in state.items()}
     plain = json.loads(json.dumps(asdict(config))) if config else {}
     write_whole(path, _bytes({"config": plain, "state": state}))
 
 
-def load_model(build, path: Path) -> nn.Module:
+def load_model(build, path):
     """Load a network that `save_model` stored, on the CPU in evaluation mode.
 
-    Args:
-        build: called with the stored configuration as a dict; gives such a network.
-        path: the file.
-
-    Raises:
-        ProjectError: if there is no such file.
+    `build` is called with the stored configuration as a dict and gives such a network. A
+    ProjectError if there is no such file.
     """
     if not Path(path).is_file():
         raise ProjectError(f"There is no model {Path(path).name}: run the notebook that trains it.")

@@ -89,7 +89,7 @@ def test_order(tmp_path, mirror, capsys):
         assert find(dataset, None, "demo", mirror).is_standin and not mirror.asked
     assert find(data.COCO, None, "cpu", mirror).name == "download"
     out = capsys.readouterr().out
-    assert "1 images cannot be used, for instance: http" in out and "HTTPError 404" in out
+    assert "1 files cannot be used, for instance: http" in out and "HTTPError 404" in out
     assert "STAND-IN images, drawn by this project's own code (always in profile smoke)" in out
     assert [find(data.PHOTOS, None, profile).name for profile in ("cpu", "demo")] == ["data/"] * 2
 
@@ -305,7 +305,7 @@ def test_one_bad_picture_among_many_is_left_out_and_counted(tmp_path, capsys):
     (place / "0.png").write_bytes((place / "1.png").read_bytes()[:60])
     Image.new("RGB", (32, 31)).save(place / "1.png")
     assert data.cifar10(source)["train"][1].tolist() == [0, 1, 1, 1]
-    assert "CIFAR-10, train: 2 images cannot be used, for instance:" in capsys.readouterr().out
+    assert "CIFAR-10, train: 2 files cannot be used, for instance:" in capsys.readouterr().out
     (place / "2.png").unlink()
     with pytest.raises(ProjectError, match="a class has no train image"):
         data.cifar10(source)
@@ -317,13 +317,14 @@ def test_photos_are_drawn_at_random_and_only_as_many_are_opened(tmp_path, monkey
     (tmp_path / "train2017" / name(3)).write_text("no photo")
     (tmp_path / "train2017" / name(4)).write_bytes(jpeg(0, 200, 63))
     assert len(data.photos(source, "train", 99)) == 22
-    assert "photos, train: 2 images cannot be used" in capsys.readouterr().out
+    assert "photos, train: 2 files cannot be used" in capsys.readouterr().out
     monkeypatch.setattr(Image, "open", opened := Mock(side_effect=Image.open))
     few = data.photos(source, "test", 5)
     assert few == data.photos(source, "test", 5) == sorted(few) and opened.call_count == 10
-    assert few != data.photos(source, "test", 5, seed=1)
-    with pytest.raises(ProjectError, match="photos, test: no image can be used"):
-        data.photos(source, "test", 5, least_side=65)
+    assert few != data.photos(source, "test", 99)[:5]
+    monkeypatch.setattr(data, "LEAST_SIDE", 65)
+    with pytest.raises(ProjectError, match="photos, test: no file can be used"):
+        data.photos(source, "test", 5)
 
 
 @pytest.mark.parametrize("orientation, turns", [(1, 0), (3, 2), (6, 1), (8, 3)])

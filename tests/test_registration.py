@@ -50,12 +50,12 @@ CHANGES = [
 ERRORS = torch.tensor([0.05, 0.05, 0.05, 0.001])
 
 
-def test_alignment_finds_known_warps_from_fixed_starts(scene):
+def test_alignment_finds_known_warps(scene):
     """Also in parts, as more pairs than a batch holds are split, and its threads are given back."""
     pairs = [warped(scene, change) for change in CHANGES] * 12
     first, second = (torch.cat(images) for images in zip(*pairs))
     torch.set_num_threads(2)
-    changes, scores = registration.align(first, second, registration.fixed_starts(60))
+    changes, scores = registration.align(first, second)
     assert ThreadPool(1).apply(torch.get_num_threads) == 2
     assert (changes - torch.tensor(CHANGES * 12)).abs().lt(ERRORS).all() and scores.min() > 1.5
 
@@ -63,18 +63,17 @@ def test_alignment_finds_known_warps_from_fixed_starts(scene):
 def test_alignment_ignores_brightness_and_takes_bytes(scene):
     first, second = warped(scene, (3.0, 2.0, 5.0, 0.05))
     darker = (0.7 * second + 25).round().to(torch.uint8)
-    changes, _ = registration.align(first, darker, torch.zeros(1, 1, 4))
+    changes, _ = registration.align(first, darker)
     assert (changes[0] - torch.tensor([3.0, 2, 5, 0.05])).abs().lt(2 * ERRORS).all()
 
 
 def test_flat_and_unrelated_images_score_low(scene):
-    flat, starts = torch.full((1, 3, 96, 96), 102.0), registration.fixed_starts(1)
-    assert registration.align(flat, flat, starts)[1].abs() < 1e-3
+    flat = torch.full((1, 3, 96, 96), 102.0)
+    assert registration.align(flat, flat)[1].abs() < 1e-3
     a, b = warped(scene, CHANGES[0])[0], warped(scene.flip(2, 3), CHANGES[0])[0]
-    assert registration.align(a, b, starts)[1] < 1
+    assert registration.align(a, b)[1] < 1
 
 
-def test_strengths_and_fixed_starts():
+def test_strengths():
     strengths = registration.log_strengths(torch.tensor([[3.0, 4, -10, -0.7], [0.0] * 4])).exp()
     assert torch.allclose(strengths[0], torch.tensor([5.0, 10.0, 0.7])) and strengths.min() < 1e-5
-    assert len(registration.fixed_starts(2)[1].unique(dim=0)) == 15

@@ -1,9 +1,7 @@
 """The door of a notebook: settings, profile, figures, tables, answers, results; and files."""
 
-import json
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -217,8 +215,3 @@ def test_resnets_give_features_and_maps():
     x = torch.rand(1, 3, 64, 64)
     assert backbone(x).shape == (1, backbone.feature_size)
     assert [m.shape[1] for m in backbone.feature_maps(x, (16, 32))] == [256, 512]
-
-
-def test_no_file_of_src_writes_outside_the_project():
-    assert Path(train.CHECKPOINTS).is_relative_to(run.ROOT)
-    assert json.dumps(run.versions())

@@ -45,7 +45,8 @@ def test_one_rule_from_no_error_to_some():
 
 
 @pytest.mark.parametrize("function", [stats.rate, stats.bootstrap])
-def test_intervals_cover_the_truth_where_samples_share_a_group(function):
+def test_intervals_cover_the_truth_where_samples_share_a_group(function, monkeypatch):
+    monkeypatch.setattr(stats, "DRAWS", 300)
     rng, covered = np.random.default_rng(3), {"grouped": 0, "alone": 0}
     for _ in range(200):
         values = rng.random(300) < rng.beta(3, 1, size=60).repeat(5)  # the truth is 0.75
@@ -94,17 +95,7 @@ def test_mcnemar_and_holm():
     assert corrected == pytest.approx({"x": 0.03, "y": 0.06, "z": 0.06}) and stats.holm({}) == {}
 
 
-def test_nothing_and_nan_have_an_answer():
-    nothing = [
-        stats.rate([]),
-        stats.bootstrap([]),
-        stats.mean([]),
-        stats.difference([], []),
-        stats.group_difference([1, 1], [0, 0], [1, 1], [0, 1]),
-        stats.bootstrap([math.nan, 1.0]),
-        stats.rate([math.nan, 1.0]),
-    ]
-    assert {str(estimate) for estimate in nothing} == {"–"}
+def test_one_value_is_enough():
     assert stats.mean([2.0]).ci95 is None and stats.mean([2.0, 2.0]).value == 2.0
     assert stats.rate([1.0]).value == 1.0
 

@@ -144,6 +144,12 @@ def test_a_notebook_as_colab_saves_it(project, monkeypatch):
     project.build()
 
 
+def test_words_of_a_library_speak_against_nobody(project):
+    warning = "/usr/lib/torch/cuda.py:7: UserWarning: Traceback, Error, STAND-IN, C:\\Users\\a, ~/x"
+    project.edit(4, outputs=[new_output("stream", name="stderr", text=warning)])
+    project.build()
+
+
 def test_a_cell_of_commands_may_be_run_at_any_time_or_never(project):
     project.edit(3, source="!nvidia-smi", execution_count=None)
     project.build()

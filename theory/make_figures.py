@@ -41,7 +41,7 @@ BAR = [2 if u == 0 else -1 for v in (-1, 0, 1) for u in (-1, 0, 1)]  # the filte
 TAPS = np.array([(u, v) for v in (-1, 0, 1) for u in (-1, 0, 1)])  # x before y
 
 
-def canvas(height: float):
+def canvas(height):
     """Make a drawing area in which one unit is a tenth of an inch, on a white rounded ground."""
     fig = plt.figure(figsize=(WIDTH, height / 10))
     ax = fig.add_axes((0, 0, 1, 1))
@@ -51,7 +51,7 @@ def canvas(height: float):
     return fig, ax
 
 
-def ground(fig) -> None:
+def ground(fig):
     """Lay white with round corners below, so that the figure reads on a dark page as well."""
     fig.patch.set_alpha(0)
     width, height = fig.get_size_inches() - 0.1
@@ -60,29 +60,29 @@ def ground(fig) -> None:
     fig.add_artist(shape)
 
 
-def arrow(ax, start, end, color=INK, bend: float = 0) -> None:
+def arrow(ax, start, end, color=INK, bend=0):
     style = {"arrowstyle": "-|>", "mutation_scale": 9, "lw": 1.2, "shrinkA": 0, "shrinkB": 0}
     curve = f"arc3,rad={bend}"
     ax.add_patch(FancyArrowPatch(start, end, color=color, connectionstyle=curve, **style))
 
 
-def block(ax, x, y, width, height, face="white", edge=INK, lw=0.8, **style) -> None:
+def block(ax, x, y, width, height, face="white", edge=INK, lw=0.8, **style):
     ax.add_patch(Rectangle((x, y), width, height, fc=face, ec=edge, lw=lw, **style))
 
 
-def pile(ax, x, y, faces, edge=INK) -> None:
+def pile(ax, x, y, faces, edge=INK):
     """Draw maps of channels one behind the other."""
     for i, face in enumerate(faces):
         block(ax, x + 0.7 * i, y + 0.7 * i, 7, 7, face, edge, lw=1)
 
 
-def box(ax, x, y, width, height, label="", edge=INK, **text) -> None:
+def box(ax, x, y, width, height, label="", edge=INK, **text):
     shape = "round,pad=0,rounding_size=0.6"
     ax.add_patch(FancyBboxPatch((x, y), width, height, boxstyle=shape, fc="white", ec=edge, lw=1.4))
     middle(ax, x + width / 2, y + height / 2, label, **text)
 
 
-def middle(ax, x, y, label, **text) -> None:
+def middle(ax, x, y, label, **text):
     ax.text(x, y, label, ha="center", va="center", **text)
 
 
@@ -141,7 +141,7 @@ def receptive_field():
     return fig
 
 
-def field_gradients(image: np.ndarray, neurons: list[int]) -> np.ndarray:
+def field_gradients(image, neurons):
     """Measure the mean size of the gradients of outputs (n, n) of question 2's network.
 
     The image is (H, W, 3) uint8; the means over networks and colors are (len(neurons), H, W).
@@ -278,7 +278,7 @@ def dense_block():
     return fig
 
 
-def gradient_profile(kind: str, normalized: bool, seed: int) -> np.ndarray:
+def gradient_profile(kind, normalized, seed):
     """Measure the gradient at each layer's output of a "plain", "residual" or "dense" stack.
 
     Either with He initialisation and BatchNorm (`normalized`), or as PyTorch initialises. Gives
@@ -331,7 +331,7 @@ def gradients():
     return fig
 
 
-def pixels(ax, reach: int) -> None:
+def pixels(ax, reach):
     """Show positions from `-reach` to `reach` around the output position, y downwards."""
     edge, ticks = reach + 0.5, (-reach, 0, reach)
     ax.set(xlim=(-edge, edge), ylim=(edge, -edge), aspect="equal", xticks=ticks, yticks=ticks)
@@ -426,7 +426,7 @@ FIGURES = {
 }
 
 
-def draw_all(folder: Path) -> None:
+def draw_all(folder):
     """Write every figure into `folder`; the same numbers give the same bytes."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # on networks this small, threads wait for each other

@@ -8,11 +8,13 @@ processor busy.
 
 import contextlib
 import functools
+import re
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -59,7 +61,7 @@ def grid_sample_convolution(input, offset, weight):
     return out.view(batch, -1, height, width)
 
 
-def contenders() -> dict:
+def contenders():
     """The functions of (input, offset, weight) that are compared, kernel 3 and padding 1."""
     fast, readable = definitions("deformable_convolution"), definitions("deformable_convolution")
     readable.product = readable.sampled_product
@@ -72,7 +74,7 @@ def contenders() -> dict:
     }
 
 
-def inputs(shape, config, place) -> list[torch.Tensor]:
+def inputs(shape, config, place):
     """Input, offset and weight of a shape (batch, in, out, side), normal, asking for gradients."""
     batch, channels, outputs, side = shape
     generator = torch.Generator().manual_seed(config.seed)
@@ -83,13 +85,13 @@ def inputs(shape, config, place) -> list[torch.Tensor]:
     return [tensor.to(place).requires_grad_() for tensor in tensors]
 
 
-def compute(function, tensors) -> None:
+def compute(function, tensors):
     """Compute the result and its gradients with respect to all tensors that it depends on."""
     out = function(*tensors)
     torch.autograd.grad(out, tensors, torch.ones_like(out), allow_unused=True)
 
 
-def time_in_turns(functions, tensors, rounds, place) -> dict[str, np.ndarray]:
+def time_in_turns(functions, tensors, rounds, place):
     """Milliseconds of each function in each round; round 0 warms up and is left out."""
     milliseconds = {name: [] for name in functions}
     for _ in range(rounds + 1):
@@ -108,18 +110,22 @@ def busy_processor():
         process.kill()
 
 
-def peak(name: str, shape, config) -> float:
-    """Megabytes that one call adds to a fresh process."""
-    import resource  # not on Windows
-
+def peak(name, shape, config):
+    """Megabytes that one call needs at most, in a fresh process; an OSError outside of Linux."""
     function, tensors = contenders()[name], inputs(shape, config, "cpu")
-    unit = 1e6 if sys.platform == "darwin" else 1e3  # bytes there, else kilobytes
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    process = Path("/proc/self")
+
+    def kilobytes(entry):
+        status = (process / "status").read_text(encoding="ascii")
+        return int(re.search(rf"{entry}:\s+(\d+)", status)[1])
+
+    (process / "clear_refs").write_text("5")  # the peak counts from here
+    before = kilobytes("VmRSS")
     compute(function, tensors)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / unit
+    return (kilobytes("VmHWM") - before) / 1000
 
 
-def measure(run) -> dict[str, stats.Estimate]:
+def measure(run):
     """All metrics of the benchmark."""
     config, metrics, functions = run.config, {}, contenders()
     for shape in config.shapes:
@@ -141,14 +147,14 @@ def measure(run) -> dict[str, stats.Estimate]:
                 flush=True,
             )
     for name in ("ours", "torchvision"):
-        with ProcessPoolExecutor(1, get_context("spawn")) as pool, contextlib.suppress(ImportError):
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool, contextlib.suppress(OSError):
             megabytes = pool.submit(peak, name, config.shapes[0], config).result()
             metrics[f"{name}.megabytes"] = stats.Estimate(megabytes, 1, None, "MB")
             print(f"{name}: {megabytes:.0f} MB a call, first shape")
     return metrics
 
 
-def main() -> int:
+def main():
     print_anything()
     try:
         run = start("deformable_benchmark", CONFIGS)

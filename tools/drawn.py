@@ -22,7 +22,7 @@ SIZES = {
 }
 
 
-def main() -> None:
+def main():
     print_anything()
     nb, curves, metrics = definitions("detect_change"), {}, {}
     configs = {profile: replace(nb.DRAWN, **size) for profile, size in SIZES.items()}

@@ -11,18 +11,19 @@ from src import ROOT, ProjectError
 FOLDER = ROOT / "notebooks"
 
 
-def print_anything() -> None:
+def print_anything():
     """Let a character that the code page lacks print as `?`, and every line appear at once."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace", line_buffering=True)
+        if hasattr(stream, "reconfigure"):  # it may have been replaced by one that has no code page
+            stream.reconfigure(errors="replace", line_buffering=True)
 
 
-def names(folder: Path = FOLDER) -> list[str]:
+def names(folder=FOLDER):
     """List the notebooks' names in alphabetical order."""
     return sorted(path.stem for path in folder.glob("*.ipynb"))
 
 
-def read(notebook: str | Path) -> nbformat.NotebookNode:
+def read(notebook):
     """Read a notebook of this project by its name, or any by its path.
 
     Raises:
@@ -36,14 +37,14 @@ def read(notebook: str | Path) -> nbformat.NotebookNode:
         )
     try:
         content = nbformat.read(path, as_version=4)
-        nbformat.validate(content)
+        nbformat.validate(content, relax_add_props=True)  # editors add fields of later versions
     except Exception as error:  # of the JSON, of nbformat's schema, or of the file system
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ProjectError(f"{path} is not a readable notebook: {reason}") from error
     return content
 
 
-def about(notebook: nbformat.NotebookNode) -> dict:
+def about(notebook):
     """What a run says of itself: profile, data_source, standin; empty where it says nothing.
 
     `src.run.start` attaches it to an output, so that it changes with the outputs in whatever
@@ -54,7 +55,7 @@ def about(notebook: nbformat.NotebookNode) -> dict:
     return next((dict(one) for one in said if isinstance(one, dict)), {})
 
 
-def definitions(name: str) -> types.ModuleType:
+def definitions(name):
     """Give what a notebook's cells tagged `define` define, without running the rest.
 
     Args:

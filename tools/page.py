@@ -45,7 +45,7 @@ _SPELLINGS = {  # what latex2mathml does not know, in words that it does
 }
 
 
-def notebook_to_html(notebook: Path, page: Path) -> None:
+def notebook_to_html(notebook, page):
     """Write the page of an executed notebook; what it leaves out is named in its place.
 
     Pictures are looked up from the notebook's folder, then from `notebooks/`.
@@ -57,7 +57,7 @@ def notebook_to_html(notebook: Path, page: Path) -> None:
     _write(notebooks.read(Path(notebook)), "notebooks", folders, Path(page))
 
 
-def theory_to_html(page: Path, folder: Path = ROOT / "theory") -> None:
+def theory_to_html(page, folder=ROOT / "theory"):
     """Write the page of the theory: its numbered parts in order, then the sources."""
     cells = [new_markdown_cell("# Theory answers")]
     for file in [*sorted(folder.glob("[0-9]*.md")), *folder.glob("SOURCES.md")]:
@@ -66,7 +66,7 @@ def theory_to_html(page: Path, folder: Path = ROOT / "theory") -> None:
     _write(new_notebook(cells=cells), "theory", [folder], Path(page))
 
 
-def theory_images(folder: Path, theory: Path = ROOT / "theory") -> list[Path]:
+def theory_images(folder, theory=ROOT / "theory"):
     """Write the theory as `theory.pdf` and its pages as `theory-page-NN.png` (A4, 150 dpi).
 
     Raises:
@@ -86,7 +86,7 @@ def theory_images(folder: Path, theory: Path = ROOT / "theory") -> list[Path]:
     return sorted(folder.glob("theory-page-*.png"))
 
 
-def run_program(names: list[str], *arguments) -> subprocess.CompletedProcess:
+def run_program(names, *arguments):
     """Run the first of some programs that is installed; a ProjectError where none runs well."""
     program = next(filter(None, map(shutil.which, names)), None)
     if program is None:
@@ -119,25 +119,25 @@ class _Renderer(IPythonRenderer):
         return super(IPythonRenderer, self).image(text, url, title)  # one that is missing is told
 
 
-def closed(fragment: str) -> str:
+def closed(fragment):
     """Close the tags that a piece of HTML leaves open."""
     return str(BeautifulSoup(fragment, "html.parser"))
 
 
-def _replaced(text: str, replacements: dict[str, str]) -> str:
+def _replaced(text, replacements):
     for pattern, replacement in replacements.items():
         text = re.sub(pattern, replacement, text)
     return text
 
 
-def prose(text: str, attachments=None) -> str:
+def prose(text, attachments=None):
     """Render Markdown; formulas with their punctuation, and sizes, stay in one line."""
     renderer = _Renderer(escape=False, exclude_anchor_links=True, attachments=attachments or {})
     page = MarkdownWithMath(renderer).render(text)
     return closed(_replaced(page, _TYPOGRAPHY))
 
 
-def mathml(tex: str, display: str) -> str:
+def mathml(tex, display):
     """Convert a formula to MathML Core; what cannot be converted is shown as it is written."""
     try:
         tree = convert_to_element(_replaced(tex.strip(), _SPELLINGS), display=display)
@@ -154,7 +154,7 @@ def mathml(tex: str, display: str) -> str:
     return ElementTree.tostring(tree, encoding="unicode", short_empty_elements=False)
 
 
-def _write(notebook, kind: str, folders: list[Path], page: Path) -> None:
+def _write(notebook, kind, folders, page):
     exporter = HTMLExporter(
         template_file=str(Path(__file__).with_name("page.html.j2")),
         preprocessors=["nbconvert.preprocessors.CoalesceStreamsPreprocessor"],
@@ -169,7 +169,7 @@ def _write(notebook, kind: str, folders: list[Path], page: Path) -> None:
     write_whole(page, str(soup).encode("utf-8", "replace"))
 
 
-def _stand_alone(soup: BeautifulSoup, folders: list[Path]) -> None:
+def _stand_alone(soup, folders):
     """Embed pictures, sound and films; leave out what runs or loads; set captions."""
     for tag in soup.main(_ACTIVE):
         tag.replace_with(f"[left out: {tag.name}, for which a page must run or load something]")
@@ -187,12 +187,12 @@ def _stand_alone(soup: BeautifulSoup, folders: list[Path]) -> None:
             block.append(caption)
 
 
-def _slug(text: str) -> str:
+def _slug(text):
     """A heading's anchor as GitHub forms it; Jupyter's form (`#4.-The-loss`) gives the same."""
     return re.sub(r"\s", "-", re.sub(r"[^\w\s-]", "", text.strip().lower()))
 
 
-def _outline(soup: BeautifulSoup) -> None:
+def _outline(soup):
     """Give every heading its anchor; name the page; list two levels in its contents."""
     for heading in soup.main(["h1", "h2", "h3", "h4", "h5"]):
         anchor = _slug(heading.text)
@@ -208,7 +208,7 @@ def _outline(soup: BeautifulSoup) -> None:
         soup.nav.ul.append(BeautifulSoup(item, "html.parser"))
 
 
-def _target(link, folder: str) -> str:
+def _target(link, folder):
     """Point a link to the page that shows a notebook, or to a part of the theory."""
     path, _, fragment = unquote(link["href"]).partition("#")
     name, in_theory = PurePosixPath(path).stem, link.find_parent("section", id=True)
@@ -221,7 +221,7 @@ def _target(link, folder: str) -> str:
     return posixpath.normpath(f"{folder}/{link['href']}")
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments):
     """Write what is asked for."""
     notebooks.print_anything()
     paths = [Path(argument) for argument in arguments] or [Path("reports", "theory.html")]

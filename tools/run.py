@@ -98,7 +98,7 @@ async def execute(path: Path, kept: Path) -> nbformat.NotebookNode:
     raise ProjectError(f"{path.stem}, cell {index + 1} ({section}): {reason}")
 
 
-def produce(name: str, root: Path) -> Path:
+def produce(name, root):
     """Run a notebook; write it and its page to where a run of its kind goes; give the page."""
     if name == "theory":
         page = root / "reports" / "theory.html"
@@ -116,11 +116,12 @@ def produce(name: str, root: Path) -> Path:
     return page
 
 
-def main(names: list[str], root: Path = ROOT) -> int:
+def main(names, root=ROOT):
     """Run notebooks, then write the theory's page; if one fails, the others still run."""
     notebooks.print_anything()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     os.environ.pop("HW3_ROOT", None)  # it may name another copy of the project
+    os.environ.setdefault("PWD", os.getcwd())  # where a relative HW3_DATA begins, in kernels too
     code = 0
     for name in [*(names or notebooks.names(root / "notebooks")), "theory"]:
         try:

@@ -10,7 +10,6 @@ import sys
 import tempfile
 import unicodedata
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 from src import ROOT, ProjectError
@@ -28,7 +27,7 @@ AGAIN = "restart the kernel, run all cells and save (or: make html)"
 MARK = b"made by tools.submit"  # the end of every archive of this tool
 
 
-def archive_name(name: str, number: str) -> str:
+def archive_name(name, number):
     """Form `HW3-Name-StudentNumber`, in any script; a ProjectError where one of them is no name."""
     name = "-".join(unicodedata.normalize("NFC", name).split())
     number = "".join(str(unicodedata.decimal(digit, digit)) for digit in number.strip())
@@ -42,7 +41,7 @@ def archive_name(name: str, number: str) -> str:
 class Run:
     """A notebook as it was saved, where its run wrote results, and what speaks against it."""
 
-    def __init__(self, path: Path, root: Path, allow_standin: bool):
+    def __init__(self, path, root, allow_standin):
         self.path, self.root, self.notebook = path, root, notebooks.read(path)
         about = notebooks.about(self.notebook)
         kind = "standin" if about.get("standin") else FOLDERS.get(about.get("profile"), "")
@@ -50,7 +49,7 @@ class Run:
         self.result = self.reports / "results" / f"{path.stem}.json"
         self.problem = next(self._problems(allow_standin), None)
 
-    def _problems(self, allow_standin: bool) -> Iterator[str]:
+    def _problems(self, allow_standin):
         name, result = (path.relative_to(self.root).as_posix() for path in (self.path, self.result))
         code = (load_results(self.result) or {}).get("code")
         last, between = None, 0  # cells of comments and commands may be run at any time
@@ -79,7 +78,7 @@ class Run:
             yield f"{name} is older than the code in src/: {AGAIN}."
 
 
-def collect(runs: list[Run], root: Path) -> tuple[dict[str, bytes], list[str]]:
+def collect(runs, root):
     """Gather all that is handed in, {path: content}, and remarks for the student."""
     files, remarks, src = {}, [], src_digest(root)
     results = {path.name: path for path in root.glob("reports/results/*.json")}
@@ -111,9 +110,7 @@ def collect(runs: list[Run], root: Path) -> tuple[dict[str, bytes], list[str]]:
     return files, remarks
 
 
-def build(
-    name: str, number: str, collaborators: str = "", allow_standin: bool = False, root: Path = ROOT
-) -> list[str]:
+def build(name, number, collaborators="", allow_standin=False, root=ROOT):
     """Write the archive into the project's folder, and give remarks for the student.
 
     Raises:
@@ -147,7 +144,7 @@ def build(
     return [f"Wrote {path.name}, {path.stat().st_size / 2**20:.1f} MB.", *remarks]
 
 
-def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
+def main(arguments=None, root=ROOT):
     """Run `python -m tools.submit` and give its exit status."""
     notebooks.print_anything()
     parser = argparse.ArgumentParser(prog="python -m tools.submit")
