@@ -103,7 +103,7 @@ def read_stored(path, size):
     try:
         with Image.open(path) as image:
             photo = np.array(image.convert("RGB"))
-    except (OSError, ValueError):
+    except Exception:  # Pillow raises many kinds for a damaged file
         return None
     return photo if photo.shape[:2] == size else None
 

@@ -195,7 +195,7 @@ def _reading(path):
     except ProjectError:
         raise
     except Exception as error:
-        raise ProjectError(f"{path} cannot be read: {error!r}") from error
+        raise ProjectError(f"{path} cannot be read ({error!r}): replace or remove it.") from error
 
 
 def read_image(path):

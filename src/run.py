@@ -278,6 +278,9 @@ def start(name, configs, dataset=None):
     device.prepare()
     show.setup()
     run = Run(name, profile, configs[profile], source, place)
+    probe = run.reports / f".{name}"  # if nothing can be written there, better now than at the end
+    write_whole(probe, "")
+    probe.unlink()
     if run.is_standin or profile in ("smoke", "demo"):
         images = "drawn by the project's own code" if run.is_standin else "real"
         run.say(

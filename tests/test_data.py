@@ -240,7 +240,7 @@ def test_annotations_of_ones_own_are_used_up_to_a_limit(tmp_path):
     with pytest.raises(ProjectError, match=f"1 of 8 photos of val2017 are in {tmp_path}"):
         data.coco(source, "val2017")
     (tmp_path / "instances_val2017.json").write_text("{")
-    with pytest.raises(ProjectError, match="instances_val2017.json cannot be read: JSONDecodeErr"):
+    with pytest.raises(ProjectError, match="instances_val2017.json cannot be read .JSONDecodeErr"):
         data.coco(source, "val2017")
 
 
@@ -291,11 +291,11 @@ def test_a_damaged_archive_or_batch_is_named(batches):
     parent, _ = batches
     source = find(data.CIFAR10, parent)
     (parent / CIFAR10.base_folder / "test_batch").write_bytes(b"no pickle")
-    with pytest.raises(ProjectError, match="data_batch_1 cannot be read: .*not found or corrupted"):
+    with pytest.raises(ProjectError, match="data_batch_1 cannot be read .*not found or corrupted"):
         data.cifar10(source)
     shutil.rmtree(parent / CIFAR10.base_folder)
     (parent / CIFAR10.filename).write_bytes(b"half of it")
-    with pytest.raises(ProjectError, match="tar.gz cannot be read: .*wrong checksum of 10 bytes"):
+    with pytest.raises(ProjectError, match="tar.gz cannot be read .*wrong checksum of 10 bytes"):
         data.cifar10(find(data.CIFAR10, parent))
 
 
@@ -364,7 +364,7 @@ def test_cmyk_becomes_rgb(tmp_path):
 def test_what_is_no_image_is_named_in_one_line(tmp_path, content):
     if content is not None:
         (tmp_path / "a.jpg").write_bytes(content)
-    with pytest.raises(ProjectError, match=r"a\.jpg cannot be read: \w+") as error:
+    with pytest.raises(ProjectError, match=r"a\.jpg cannot be read .\w+") as error:
         data.read_image(tmp_path / "a.jpg")
     assert "\n" not in str(error.value)
 
