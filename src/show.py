@@ -55,14 +55,7 @@ def display_figure(fig, caption, alt, standin=False):
         display(Markdown(caption))
 
 
-def curves(
-    ax,
-    series,
-    title,
-    ylabel,
-    best_epoch=None,
-    colors=COLORS,
-):
+def curves(ax, series, title, ylabel, best_epoch=None, colors=COLORS):
     """Draw one line per entry of {label: values per epoch} and mark the epoch that was kept."""
     for i, (label, values) in enumerate(series.items()):
         style = {"color": colors[i % len(colors)], "marker": MARKERS[i % len(MARKERS)]}

@@ -24,11 +24,7 @@ def names(folder=FOLDER):
 
 
 def read(notebook):
-    """Read a notebook of this project by its name, or any by its path.
-
-    Raises:
-        ProjectError: if there is none, or it is not a notebook.
-    """
+    """Read a notebook of this project by its name, or any by its path; or a ProjectError."""
     path = notebook if isinstance(notebook, Path) else FOLDER / f"{notebook}.ipynb"
     if not path.is_file():
         others = ", ".join(names(path.parent)) or "none"
@@ -58,14 +54,8 @@ def about(notebook):
 def definitions(name):
     """Give what a notebook's cells tagged `define` define, without running the rest.
 
-    Args:
-        name: the notebook's, without folder and ending.
-
-    Returns:
-        A module whose attributes are the notebook's classes, functions and constants.
-
-    Raises:
-        ProjectError: if there is no such notebook.
+    That is a module whose attributes are the notebook's classes, functions and constants; or a
+    ProjectError if there is no notebook of this name.
     """
     module = types.ModuleType(f"notebooks.{name}")
     sys.modules[module.__name__] = module  # dataclasses and pickle look their module up

@@ -48,10 +48,8 @@ _SPELLINGS = {  # what latex2mathml does not know, in words that it does
 def notebook_to_html(notebook, page):
     """Write the page of an executed notebook; what it leaves out is named in its place.
 
-    Pictures are looked up from the notebook's folder, then from `notebooks/`.
-
-    Raises:
-        ProjectError: if the notebook cannot be read, or the page not be written.
+    Pictures are looked up from the notebook's folder, then from `notebooks/`. A ProjectError if the
+    notebook cannot be read, or the page not be written.
     """
     folders = [Path(notebook).parent, notebooks.FOLDER]
     _write(notebooks.read(Path(notebook)), "notebooks", folders, Path(page))
@@ -69,8 +67,7 @@ def theory_to_html(page, folder=ROOT / "theory"):
 def theory_images(folder, theory=ROOT / "theory"):
     """Write the theory as `theory.pdf` and its pages as `theory-page-NN.png` (A4, 150 dpi).
 
-    Raises:
-        ProjectError: if Chromium is not installed, or pdftoppm, which draws the PDF's pages.
+    A ProjectError if Chromium is not installed, or pdftoppm, which draws the PDF's pages.
     """
     folder = Path(folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)

@@ -53,8 +53,7 @@ class _Client(NotebookClient):
 async def execute(path: Path, kept: Path) -> nbformat.NotebookNode:
     """Run a notebook in a fresh kernel; after every cell, write what has run into `kept`.
 
-    Raises:
-        ProjectError: if the kernel does not start or dies, or a cell fails; names the cell.
+    A ProjectError, which names the cell, if the kernel does not start or dies, or a cell fails.
     """
     section, start = "beginning", time.monotonic()
     # A cell that is not reached must not keep an earlier run's outputs.

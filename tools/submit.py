@@ -113,8 +113,7 @@ def collect(runs, root):
 def build(name, number, collaborators="", allow_standin=False, root=ROOT):
     """Write the archive into the project's folder, and give remarks for the student.
 
-    Raises:
-        ProjectError: what speaks against it, a line a notebook; or it cannot be written.
+    A ProjectError tells what speaks against it, a line a notebook, or that it cannot be written.
     """
     title, names = archive_name(name, number), notebooks.names(root / "notebooks")
     if len(names) < 3:
