@@ -188,11 +188,6 @@ def gradients(table, base, weight, kernel, grad, row, groups):
 
 
 # --- what the operator needs besides --------------------------------------------------------------
-def is_autocast(kind):
-    """Whether autocast is on for a type of device."""
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-
-
 def output_size(input, weight, *place):
     """The output's size (H', W') of a convolution with this stride, padding and dilation."""
     axes = zip(input.shape[2:], weight.shape[2:], *place)
