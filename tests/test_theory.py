@@ -105,15 +105,15 @@ def percent(part: float, whole: float) -> int:
 
 
 def question_1() -> dict[str, set]:
-    grey, color, (small, _) = conv(1, 5, 10), conv(3, 5, 10), conv(1, 5)
-    assert (grey[0], color[0]) == (linear(100, 5), linear(300, 5))
+    gray, color, (small, _) = conv(1, 5, 10), conv(3, 5, 10), conv(1, 5)
+    assert (gray[0], color[0]) == (linear(100, 5), linear(300, 5))
     maps, macs = run((1, 10, 10), nn.Conv2d(1, 5, 3))
     _, padded = run((1, 10, 10), nn.Conv2d(1, 5, 10, padding=1))
     flat, head = maps.numel(), linear(maps.numel(), 5)
     return {
-        "1.1": {10, 100, 300, *grey, *color},
-        "1.2": {10, 12, 100, 144, grey[0], color[0], linear(144, 5)},
-        "1.3": {10, *grey, small, small + head, head, flat, flat / 5}
+        "1.1": {10, 100, 300, *gray, *color},
+        "1.2": {10, 12, 100, 144, gray[0], color[0], linear(144, 5)},
+        "1.3": {10, *gray, small, small + head, head, flat, flat / 5}
         | {macs, macs + 5 * flat, padded},
     }
 

@@ -115,7 +115,7 @@ def equivalence():
 
 
 def receptive_field():
-    """Question 2: the field of a neuron, layer by layer, with its neighbour's one jump further."""
+    """Question 2: the field of a neuron, layer by layer, with its neighbor's one jump further."""
     names = [f"{part} {layer}" for layer in (1, 2, 3) for part in ("convolution", "max pooling")]
     steps = walk(LAYERS, 128)
     fig, ax = plt.subplots(figsize=(WIDTH, 3.3))
@@ -281,7 +281,7 @@ def dense_block():
 def gradient_profile(kind, normalized, seed):
     """Measure the gradient at each layer's output of a "plain", "residual" or "dense" stack.
 
-    Either with He initialisation and BatchNorm (`normalized`), or as PyTorch initialises. Gives
+    Either with He initialization and BatchNorm (`normalized`), or as PyTorch initializes. Gives
     log10 of the norms relative to that at the last layer, (DEPTH,).
     """
     torch.manual_seed(seed)
@@ -307,7 +307,7 @@ def gradients():
     """Question 3: the measured gradient profiles, mean and 95 % interval over the seeds."""
     fig, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.5), sharey=True)
     ground(fig)
-    titles = "default initialisation,\nno normalisation", "He initialisation,\nBatchNorm"
+    titles = "default initialization,\nno normalization", "He initialization,\nBatchNorm"
     kinds = (("plain", ORANGE, "o"), ("residual", BLUE, "s"), ("dense", GREEN, "^"))
     layers = range(1, DEPTH + 1)
     for normalized, (ax, title) in enumerate(zip(axes, titles)):
