@@ -53,6 +53,13 @@ def test_its_training_loop_is_in_sight(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_its_last_cell_saves_the_results(name):
+    # The results name the cells that were run before them: no other can be told from a changed one.
+    saves = ["run.save(" in cell.source for cell in code_cells(name)]
+    assert saves[-1] and sum(saves) == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_the_answers_lead_to_headings(name):
     cells = notebooks.read(name).cells
     answers = next(
