@@ -64,7 +64,10 @@ def unfinished(path):
 
 def start(folder, **environment):
     """The runner in a process of its own, for the project in `folder`."""
-    code = f"import pathlib, tools.run; exit(tools.run.main([], pathlib.Path({str(folder)!r})))"
+    # A shell's background jobs, these tests perhaps, ignore Ctrl-C and hand that on.
+    code = "import pathlib, signal, tools.run; "
+    code += "signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += f"exit(tools.run.main([], pathlib.Path({str(folder)!r})))"
     options = {"cwd": ROOT, "env": os.environ | environment, "stdout": -1, "stderr": -1}  # pipes
     return subprocess.Popen([sys.executable, "-c", code], **options)
 
